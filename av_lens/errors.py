@@ -61,16 +61,7 @@ class UnfinishedError(Exception):
 
 
 def unknown(kind: str, name: object, known: Iterable[object]) -> str:
-    """Say that `name` is not a known `kind`, with the nearest match and all that is known.
-
-    Args:
-        kind: what the name should have been, such as "role" or "hook".
-        name: what was asked for.
-        known: every accepted name.
-
-    Returns:
-        One sentence for an error's message.
-    """
+    """Say that `name` is not a known `kind`, with the nearest match and all that is known."""
     options = [str(option) for option in known]
     near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -128,11 +128,7 @@ def seeds(
     console.quiet_loading()
     with console.bars() as bars:
         record = study.run_seeds(models or ["av-tiny"], out=out, conflicts=conflicts, seed=seed, progress=bars)
-    for headings, rows in study.tables(record):
-        console.show(headings, rows)
-    if docs is not None:
-        console.say_path(study.store(record, docs))
-    console.say_path(out)
+    _show(study, record, docs, out)
 
 
 def type_one(
@@ -149,6 +145,10 @@ def type_one(
     _can_be_filled(docs, study)
     with console.bars() as bars:
         record = study.run_type_one(out=out, draws=draws, seed=seed, progress=bars)
+    _show(study, record, docs, out)
+
+
+def _show(study: Any, record: Any, docs: Path | None, out: Path) -> None:
     for headings, rows in study.tables(record):
         console.show(headings, rows)
     if docs is not None:

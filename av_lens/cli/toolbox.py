@@ -29,19 +29,12 @@ _KINDS = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 class Method(NamedTuple):
-    """One method as a command.
+    """One method as a command."""
 
-    Attributes:
-        command: its name on the command line.
-        module: where the function lives, below `av_lens`.
-        function: the function.
-        feed: "pair", "cell", "conflicts", or "none" for a method that reads the model alone.
-    """
-
-    command: str
-    module: str
-    function: str
-    feed: str
+    command: str  # its name on the command line
+    module: str  # where the function lives, below `av_lens`
+    function: str  # the function
+    feed: str  # "pair", "cell", "conflicts", or "none" for a method that reads the model alone
 
 
 METHODS = (

@@ -27,8 +27,7 @@ from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions.edits import ModelSpec
 
-Progress = Callable[[str, int, int], None]
-"""Called as `progress(stage, done, total)`."""
+Progress = Callable[[str, int, int], None]  # called as `progress(stage, done, total)`
 
 
 class Bars:

@@ -236,8 +236,7 @@ class Forwarded:
 
 
 RETURN_TYPES = ("logits", "loss", "both", None)
-TEXT = ("attention_mask", "prepend_bos", "padding_side")
-"""Keywords that say how text or ids are read."""
+TEXT = ("attention_mask", "prepend_bos", "padding_side")  # keywords that say how text or ids are read
 
 _DECODING = "keys and values are kept from step to step by model.generate and trace.generate"
 _MEDIA = "media go in by model.encode(clip, question)"

@@ -63,21 +63,13 @@ class Generated(Brief):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode.
+    """How to decode."""
 
-    Attributes:
-        max_new_tokens: at most so many.
-        do_sample: draw instead of taking the likeliest.
-        return_type: "tokens", "text" or "result".
-        seed: what sampling draws from; needed with `do_sample`.
-        options: further options of HuggingFace's `generate`.
-    """
-
-    max_new_tokens: int
-    do_sample: bool
-    return_type: str
-    seed: int | None
-    options: Mapping[str, Any]
+    max_new_tokens: int  # at most so many
+    do_sample: bool  # draw instead of taking the likeliest
+    return_type: str  # "tokens", "text" or "result"
+    seed: int | None  # what sampling draws from; needed with `do_sample`
+    options: Mapping[str, Any]  # further options of HuggingFace's `generate`
 
     def __post_init__(self) -> None:
         require_choice("return_type", self.return_type, RETURN_TYPES)

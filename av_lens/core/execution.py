@@ -158,19 +158,12 @@ _OF_A_MODULE = tuple(f"_{kind}" for kind in KINDS)
 
 @dataclass(frozen=True, eq=False)
 class StandingHook:
-    """One function in one place.
+    """One function in one place."""
 
-    Attributes:
-        module: where it stands; None for torch's global hooks, which stand everywhere.
-        kind: one of `KINDS`, or "forward" for a `forward` that was written over.
-        function: the caller's function.
-        in_tower: whether the module belongs to an encoder, which is run as always before a restart begins.
-    """
-
-    module: Module | None
-    kind: str
-    function: Any
-    in_tower: bool = False
+    module: Module | None  # where it stands; None for torch's global hooks, which stand everywhere
+    kind: str  # one of `KINDS`, or "forward" for a `forward` that was written over
+    function: Any  # the caller's function
+    in_tower: bool = False  # whether the module belongs to an encoder, which is run as always before a restart begins
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -245,19 +238,13 @@ Capture = str | Site | Sequence[str | Site] | Callable[[str], bool] | None
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run(Brief):
-    """What one run gave.
+    """What one run gave."""
 
-    Attributes:
-        logits: at the asked positions.
-        cache: what was kept, by hook name or `cache["z", 5]`, after the plan's edits; a site keeps its own slice.
-        fired: how often each edit fired: `(number of the edit, hook name) -> count`.
-        asked: the positions of `logits`.
-    """
-
-    logits: Float[Tensor, "batch asked_pos d_vocab"]
+    logits: Float[Tensor, "batch asked_pos d_vocab"]  # at the asked positions
+    # what was kept, by hook name or `cache["z", 5]`, after the plan's edits; a site keeps its own slice
     cache: ActivationCache
-    fired: Mapping[tuple[int, str], int]
-    asked: tuple[int, ...]
+    fired: Mapping[tuple[int, str], int]  # how often each edit fired: `(number of the edit, hook name) -> count`
+    asked: tuple[int, ...]  # the positions of `logits`
 
 
 def run(
@@ -336,15 +323,10 @@ def logits_of(
 
 @dataclass(frozen=True)
 class Slice:
-    """Which part of a hook's activation is kept.
+    """Which part of a hook's activation is kept."""
 
-    Attributes:
-        site: the site.
-        positions: the site's positions, resolved.
-    """
-
-    site: Site
-    positions: Positions
+    site: Site  # the site
+    positions: Positions  # the site's positions, resolved
 
     def cut(self, activation: Tensor) -> Tensor:
         """Cut the part out."""

@@ -20,8 +20,7 @@ from av_lens.errors import InputError, ModelError
 
 OF_WEIGHTS = ("_names", "_restart_proved")
 """What a model derives from its bridge and weights, anew where they were rewritten."""
-DERIVED = ("encoder", *OF_WEIGHTS)
-"""What a copy must derive anew."""
+DERIVED = ("encoder", *OF_WEIGHTS)  # what a copy must derive anew
 
 
 def copied(model: Any, note: str) -> Any:

@@ -36,7 +36,8 @@ def require_whole_layers(layers: Any) -> None:
 def require_weights(hf_model: Any) -> None:
     """Refuse weights that are nowhere, a layer in two places, adapters in place, and an unknown quantisation."""
     require_whole_layers(hf_model.get_decoder().layers)
-    nowhere = [n for n, one in hf_model.named_modules() if not hasattr(one, "_hf_hook") and _lacking(one)]
+    bare = [(name, one) for name, one in hf_model.named_modules() if not hasattr(one, "_hf_hook")]
+    nowhere = [name for name, one in bare if any(p is not None and p.is_meta for p in one._parameters.values())]
     if nowhere:
         raise ModelError(
             f"this model has no weights at {', '.join(nowhere[:3])} ({len(nowhere)} places): they are mere shapes "
@@ -54,10 +55,6 @@ def require_weights(hf_model: Any) -> None:
     require_known_packing(way or getattr(getattr(hf_model, "config", None), "quantization_config", None))
     if way is None:
         require_known_packing(next((str(p.dtype) for p in hf_model.parameters() if p.dtype.itemsize < 2), None))
-
-
-def _lacking(module: Any) -> bool:
-    return any(one is not None and one.device.type == "meta" for one in module._parameters.values())
 
 
 def require_known_packing(way: Any) -> None:

@@ -32,8 +32,7 @@ from av_lens.families.decoder import Layer, hook_name
 from av_lens.interventions.edits import resolve_positions
 from av_lens.spans import SpanMap
 
-Reader = Callable[[int, Tensor], None]
-"""Called with a layer and its activation."""
+Reader = Callable[[int, Tensor], None]  # called with a layer and its activation
 
 
 def read_layers(model: Any, x: Any, readers: Mapping[str, Reader], asked: Sequence[int] = (0,)) -> Tensor:

@@ -67,25 +67,19 @@ _HOOKED = {
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayTraits:
-    """Where an architecture breaks what a restart assumes.
+    """Where an architecture breaks what a restart assumes."""
 
-    Attributes:
-        bidirectional: roles whose positions read each other both ways, within a run of neighbouring positions.
-        sliding_window: how many positions the layers with a window read, where other layers have none or another; None
-            where all layers have one mask.
-        shared_window: how many positions all layers read, where all have one window. A recorded run holds its mask, so
-            restarts are exact; decoding past it forgets keys, and is left to full runs.
-        per_layer_inputs: whether layers read embeddings of their own.
-        shared_keys: whether layers read another layer's keys and values.
-        layers: what layers do beyond the layout that `Layer` knows, in words; empty where nothing.
-    """
-
+    # roles whose positions read each other both ways, within a run of neighbouring positions
     bidirectional: tuple[str, ...] = ()
+    # how many positions the layers with a window read, where other layers have none or another; None where all layers
+    # have one mask
     sliding_window: int | None = None
+    # how many positions all layers read, where all have one window. A recorded run holds its mask, so restarts are
+    # exact; decoding past it forgets keys, and is left to full runs.
     shared_window: int | None = None
-    per_layer_inputs: bool = False
-    shared_keys: bool = False
-    layers: str = ""
+    per_layer_inputs: bool = False  # whether layers read embeddings of their own
+    shared_keys: bool = False  # whether layers read another layer's keys and values
+    layers: str = ""  # what layers do beyond the layout that `Layer` knows, in words; empty where nothing
 
     def __post_init__(self) -> None:
         for role in self.bidirectional:

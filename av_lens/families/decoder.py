@@ -41,25 +41,15 @@ from av_lens.families.weights import dense
 
 @dataclass(frozen=True)
 class Component:
-    """What one hook of the fusion stack holds.
+    """What one hook of the fusion stack holds."""
 
-    Attributes:
-        name: the word used in sites and in `hook_name`.
-        path: the hook's name inside its layer, or the whole name for a hook outside the layers.
-        axes: the tensor's axes, in order.
-        gate: the TransformerLens switch that must be on for the hook to fire, or None.
-        layered: whether each layer has one.
-        writable: whether a write changes what follows.
-        note: what a reader must know before using it.
-    """
-
-    name: str
-    path: str
-    axes: tuple[str, ...]
-    gate: str | None = None
-    layered: bool = True
-    writable: bool = True
-    note: str = ""
+    name: str  # the word used in sites and in `hook_name`
+    path: str  # the hook's name inside its layer, or the whole name for a hook outside the layers
+    axes: tuple[str, ...]  # the tensor's axes, in order
+    gate: str | None = None  # the TransformerLens switch that must be on for the hook to fire, or None
+    layered: bool = True  # whether each layer has one
+    writable: bool = True  # whether a write changes what follows
+    note: str = ""  # what a reader must know before using it
 
     @property
     def pos_axis(self) -> int:
@@ -184,10 +174,6 @@ def _shown(component: str, activation: Tensor) -> Tensor:
     return activation
 
 
-def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    return first, second
-
-
 def given_weights(router: Any, logits: Float[Tensor, "*rows expert"], chosen: Tensor) -> Float[Tensor, "*rows chosen"]:
     """What a router gives to these experts: its softmax over all, in float32, summed to one where it does so."""
     shares = _softmax(logits).gather(-1, chosen)
@@ -216,41 +202,23 @@ def applied(linear: Any, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One decoder layer's own modules, found through the bridge.
+    """One decoder layer's own modules, found through the bridge."""
 
-    Attributes:
-        ln1: norm before attention.
-        ln2: norm before the MLP.
-        q: query projection.
-        k: key projection.
-        v: value projection.
-        o: output projection.
-        gate: the MLP's gate.
-        up: the MLP's other input projection.
-        down: the MLP's output projection.
-        act: the MLP's non-linearity.
-        experts: the many MLPs that stand in one's place; None where there is one.
-        router: what chooses among them.
-        d_head: width of one head.
-        scaling: factor of the scores.
-        norms: the norms of queries and keys, "q" and "k", where the layer has them.
-    """
-
-    ln1: Any
-    ln2: Any
-    q: torch.nn.Linear
-    k: torch.nn.Linear
-    v: torch.nn.Linear
-    o: torch.nn.Linear
-    gate: Any
-    up: Any
-    down: Any
-    act: Any
-    d_head: int
-    scaling: float
-    norms: dict[str, Any]
-    experts: Any = None
-    router: Any = None
+    ln1: Any  # norm before attention
+    ln2: Any  # norm before the MLP
+    q: torch.nn.Linear  # query projection
+    k: torch.nn.Linear  # key projection
+    v: torch.nn.Linear  # value projection
+    o: torch.nn.Linear  # output projection
+    gate: Any  # the MLP's gate
+    up: Any  # the MLP's other input projection
+    down: Any  # the MLP's output projection
+    act: Any  # the MLP's non-linearity
+    d_head: int  # width of one head
+    scaling: float  # factor of the scores
+    norms: dict[str, Any]  # the norms of queries and keys, "q" and "k", where the layer has them
+    experts: Any = None  # the many MLPs that stand in one's place; None where there is one
+    router: Any = None  # what chooses among them
 
     @classmethod
     def of(cls, block: Any) -> Layer:
@@ -340,7 +308,7 @@ class Layer:
         self,
         normed: Tensor,
         show: Callable[[str, Tensor], Tensor] = _shown,
-        matched: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _pair,
+        matched: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda first, second: (first, second),
     ) -> Tensor:
         """What the MLP writes; `show` may change what stands at its hooks, `matched` brings two of these together.
 
@@ -393,18 +361,12 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor, *, fused: bool = False) -> 
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """Keys and values that queries read, or some of them.
+    """Keys and values that queries read, or some of them."""
 
-    Attributes:
-        keys: `[..., key, d_head]`.
-        values: likewise.
-        mask: added to the scores.
-        times: the product of `[..., head, row, _]` with keys or values, where these are shared in some way.
-    """
-
-    keys: Tensor
-    values: Tensor
-    mask: Tensor | None = None
+    keys: Tensor  # `[..., key, d_head]`
+    values: Tensor  # likewise
+    mask: Tensor | None = None  # added to the scores
+    # the product of `[..., head, row, _]` with keys or values, where these are shared in some way
     times: Callable[[Tensor, Tensor], Tensor] = torch.matmul
 
 

@@ -21,7 +21,6 @@ of the next, and no decomposition, path or direct share is defined.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +36,7 @@ from av_lens.families.gemma4_blocks import PIXELS, Gemma4Adapter, Gemma4BlockBri
 from av_lens.families.media_layout import (
     Features,
     Media,
+    MediaLayout,
     Picture,
     Sound,
     TensorAxes,
@@ -45,6 +45,7 @@ from av_lens.families.media_layout import (
     on_screen,
     sampled_frames,
 )
+from av_lens.families.one_stream import from_zero
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
 from av_lens.media.clip import Clip
@@ -125,10 +126,7 @@ class Gemma4Media(QwenMedia):
         """Two convolutions of stride 2."""
         return -(-mel_frames // 4)
 
-    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
-        """Any rate above 0."""
-        if not np.isfinite(fps) or fps <= 0:
-            raise InputError(f"fps={fps:g}: frames are sampled at a rate above 0.")
+    require_frame_rate = MediaLayout.require_frame_rate
 
     def bare(self, kind: str) -> str:
         """The placeholder, which brings its borders."""
@@ -152,8 +150,7 @@ class Gemma4Media(QwenMedia):
 
     def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
         """As one call of the processor names them; each frame's patches are padded to the most that it may have."""
-        made: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]}
-        made["attention_mask"] = torch.ones_like(made["input_ids"])
+        made = MediaLayout.tensors(self, ids, media)
         made["mm_token_type_ids"] = torch.zeros_like(made["input_ids"])
         for kind, number in {"image": 1, "video": 2, "audio": 3}.items():
             made["mm_token_type_ids"][made["input_ids"] == self.tokens[kind]] = number
@@ -180,13 +177,6 @@ class Gemma4Media(QwenMedia):
         """Positions are counted: there is nothing to derive."""
 
 
-def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
-    """Positions `[1, batch, pos]`, counted from 0: HuggingFace's forward does no other."""
-    del hf_model
-    ids = tensors["input_ids"]
-    return torch.arange(ids.shape[1], device=ids.device).expand(1, *ids.shape)
-
-
 def replay_traits(config: Any) -> ReplayTraits:
     """A restart knows none of what these layers do."""
     text = config.get_text_config()
@@ -203,7 +193,7 @@ FAMILY = Family(
     model_class=Gemma4ForConditionalGeneration,
     adapter=Gemma4Adapter,
     media=Gemma4Media,
-    position_ids=position_ids,
+    position_ids=from_zero,
     replay_traits=replay_traits,
     checkpoints="google/gemma-4-E2B-it, google/gemma-4-E4B-it, google/gemma-4-31B-it, google/gemma-4-26B-A4B-it",
     model_types=("gemma4",),

@@ -279,13 +279,9 @@ def _layout(roles: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class GivenAxes(TensorAxes):
-    """How tensors lie that hold embeddings and position ids beside ids.
+    """How tensors lie that hold embeddings and position ids beside ids."""
 
-    Attributes:
-        embed: ids -> their embeddings, by which decoded tokens follow.
-    """
-
-    embed: Callable[[Tensor], Tensor] | None = None
+    embed: Callable[[Tensor], Tensor] | None = None  # ids -> their embeddings, by which decoded tokens follow
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GivenAxes:
         """Nothing in it changes, and the embeddings are large."""

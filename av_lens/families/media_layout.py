@@ -48,27 +48,17 @@ _TOGETHER = 64 << 20  # bytes of frames that the processor gets at once
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """What the processor made of a video or an image.
+    """What the processor made of a video or an image."""
 
-    Attributes:
-        kind: "video" or "image".
-        pixels: flattened patches, `[patch, patch_width]`, in the order of the tokens.
-        grid: patches in time, height and width.
-        merge: patches per token along height and width.
-        step_s: how long a temporal patch lasts at the asked rate; an image, one second.
-        frame_start_s: true time of each frame behind the temporal patches, after repeating, `[patch_t, frame]`.
-        frame_end_s: when each of them leaves the screen, `[patch_t, frame]`.
-        frames: the indices of the sampled frames in the clip.
-    """
-
-    kind: str
-    pixels: Float[Tensor, "patch patch_width"]
-    grid: tuple[int, int, int]
-    merge: int
-    step_s: float
+    kind: str  # "video" or "image"
+    pixels: Float[Tensor, "patch patch_width"]  # flattened patches, `[patch, patch_width]`, in the order of the tokens
+    grid: tuple[int, int, int]  # patches in time, height and width
+    merge: int  # patches per token along height and width
+    step_s: float  # how long a temporal patch lasts at the asked rate; an image, one second
+    # true time of each frame behind the temporal patches, after repeating, `[patch_t, frame]`
     frame_start_s: np.ndarray
-    frame_end_s: np.ndarray
-    frames: tuple[int, ...]
+    frame_end_s: np.ndarray  # when each of them leaves the screen, `[patch_t, frame]`
+    frames: tuple[int, ...]  # the indices of the sampled frames in the clip
 
     @property
     def token_grid(self) -> tuple[int, int, int]:
@@ -88,19 +78,13 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """What the processor made of a sound.
+    """What the processor made of a sound."""
 
-    Attributes:
-        mel: log-mel spectrogram, `[1, mel_bin, mel_frame]`: trimmed to the sound, or with the silence that pads it.
-        duration_s: length of the sound.
-        frame_s: seconds from one mel frame to the next.
-        padding: mel frames of silence after the sound.
-    """
-
+    # log-mel spectrogram, `[1, mel_bin, mel_frame]`: trimmed to the sound, or with the silence that pads it
     mel: Float[Tensor, "1 mel_bin mel_frame"]
-    duration_s: float
-    frame_s: float
-    padding: int = 0
+    duration_s: float  # length of the sound
+    frame_s: float  # seconds from one mel frame to the next
+    padding: int = 0  # mel frames of silence after the sound
 
     @property
     def n_frames(self) -> int:
@@ -270,20 +254,14 @@ def frames_of(clip: Clip) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TensorAxes:
-    """How the tensors of several examples lie in one batch; of those not named here each row is an example.
+    """How the tensors of several examples lie in one batch; of those not named here each row is an example."""
 
-    Attributes:
-        patches: tensors of patches, one example's after another's, each with the tensor of their grids.
-        frames: tensors of which an axis runs through a sound; padded to the longest.
-        frame_axis: that axis.
-        heard: the one of `frames` that is 1 where there is sound.
-        lengthened: beside `input_ids`, what has a number for each position, and its number for a decoded one.
-    """
-
+    # tensors of patches, one example's after another's, each with the tensor of their grids
     patches: Mapping[str, str] = field(default_factory=dict[str, str])
-    frames: tuple[str, ...] = ()
-    frame_axis: int = -1
-    heard: str = ""
+    frames: tuple[str, ...] = ()  # tensors of which an axis runs through a sound; padded to the longest
+    frame_axis: int = -1  # that axis
+    heard: str = ""  # the one of `frames` that is 1 where there is sound
+    # beside `input_ids`, what has a number for each position, and its number for a decoded one
     lengthened: Mapping[str, int] = field(default_factory=lambda: {"attention_mask": 1})
 
     @property
@@ -357,14 +335,10 @@ class MediaLayout(ABC):
         cache_bytes: memory for features that are computed once and shared.
     """
 
-    parts: ClassVar[tuple[str, ...]] = ()
-    """What the processor must have."""
-    kinds: tuple[str, ...] = ("audio", "video", "image")
-    """What the model takes beside text."""
-    woven: ClassVar[bool] = True
-    """Whether a sound can be woven into a video."""
-    axes: ClassVar[TensorAxes] = TensorAxes()
-    """How its tensors lie in a batch."""
+    parts: ClassVar[tuple[str, ...]] = ()  # what the processor must have
+    kinds: tuple[str, ...] = ("audio", "video", "image")  # what the model takes beside text
+    woven: ClassVar[bool] = True  # whether a sound can be woven into a video
+    axes: ClassVar[TensorAxes] = TensorAxes()  # how its tensors lie in a batch
     system_turn: ClassVar[re.Pattern[str] | None] = None
     """Finds the system message that a chat template puts in by itself, as group 1."""
     disagreement: ClassVar[str] = ""
@@ -389,9 +363,10 @@ class MediaLayout(ABC):
     def sound_borders(cls, config: Any) -> tuple[int, ...]:
         """The token ids that open and close a sound, which a prompt without it does not have."""
 
-    @abstractmethod
     def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
-        """Refuse a frame rate that the model cannot take, before anything is computed."""
+        """Refuse a frame rate that the model cannot take, before anything is computed; here any above 0 is taken."""
+        if "video" in self.kinds and (not np.isfinite(fps) or fps <= 0):
+            raise InputError(f"fps={fps:g}: frames are sampled at a rate above 0.")
 
     @abstractmethod
     def media(self, clip: Clip, *, picture: str | None, sound: str | None, fps: float | int) -> Media:
@@ -405,17 +380,18 @@ class MediaLayout(ABC):
     def expansions(self, media: Media) -> dict[str, str]:
         """What each placeholder of the template stands for, token by token."""
 
-    @abstractmethod
     def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
-        """The keyword arguments of the HuggingFace forward for token ids `[pos]`."""
+        """The keyword arguments of the HuggingFace forward for token ids `[pos]`; here the ids and their mask."""
+        given = torch.from_numpy(ids)[None]
+        return {"input_ids": given, "attention_mask": torch.ones_like(given)}
 
     @abstractmethod
     def span_map(self, ids: np.ndarray, roles: Sequence[str], tokens: Sequence[str], media: Media) -> SpanMap:
         """Give media positions their role, their interval on both clocks and their patch; refuse a wrong number."""
 
-    @abstractmethod
     def expected_positions(self, ids: np.ndarray, media: Media) -> np.ndarray | None:
-        """The position ids `[stream, pos]` that the model should give; None where the family derives none."""
+        """The position ids `[stream, pos]` that the model should give, here counted; None where none are derived."""
+        return np.arange(len(ids), dtype=np.int64)[None]
 
     def check_positions(
         self, ids: np.ndarray, media: Media, spans: SpanMap, found: np.ndarray, *, fps: float | int

@@ -30,6 +30,7 @@ from av_lens.families.adapter import causal_decoder, decoder_adapter
 from av_lens.families.media_layout import (
     Features,
     Media,
+    MediaLayout,
     Picture,
     Sound,
     TensorAxes,
@@ -47,17 +48,11 @@ FRAMES_PER_TOKEN = 8
 
 @dataclass(frozen=True, eq=False)
 class Crops(Picture):
-    """An image as crops, the whole first.
+    """An image as crops, the whole first."""
 
-    Attributes:
-        pixels: `[1, crop, rgb, height, width]`.
-        told: what the model is told beside them.
-        places: row and column of each token, -1 where it has none, `[2, token]`.
-    """
-
-    pixels: Float[Tensor, "1 crop 3 height width"]
-    told: Mapping[str, Tensor]
-    places: Int64[np.ndarray, "2 token"]
+    pixels: Float[Tensor, "1 crop 3 height width"]  # `[1, crop, rgb, height, width]`
+    told: Mapping[str, Tensor]  # what the model is told beside them
+    places: Int64[np.ndarray, "2 token"]  # row and column of each token, -1 where it has none, `[2, token]`
 
 
 def shown(size: Tensor, mask: Tensor, crop: int) -> tuple[int, int, int, int]:
@@ -134,8 +129,8 @@ class Phi4Media(QwenMedia):
         """Count the tokens of a sound."""
         return -(-mel_frames // FRAMES_PER_TOKEN)
 
-    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
-        """There are no frames."""
+    require_frame_rate = MediaLayout.require_frame_rate
+    expected_positions = MediaLayout.expected_positions
 
     def bare(self, kind: str) -> str:
         """The placeholder alone."""
@@ -143,8 +138,7 @@ class Phi4Media(QwenMedia):
 
     def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
         """As one call of the processor names them."""
-        made: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]}
-        made["attention_mask"] = torch.ones_like(made["input_ids"])
+        made = MediaLayout.tensors(self, ids, media)
         if isinstance(media.picture, Crops):
             made |= {"image_pixel_values": media.picture.pixels, **media.picture.told}
         if media.sound is not None:
@@ -162,10 +156,6 @@ class Phi4Media(QwenMedia):
         times = super()._seconds(kinds, placed, media)
         return np.where(kinds[kinds != ""] == "audio", times, np.nan)
 
-    def expected_positions(self, ids: np.ndarray, media: Media) -> Int64[np.ndarray, "1 pos"]:
-        """They are counted."""
-        return np.arange(len(ids), dtype=np.int64)[None]
-
 
 class Seeing(Counted):
     """Mixed into the inner model."""
@@ -177,11 +167,9 @@ class Seeing(Counted):
             most = -(-told["audio_input_features"].shape[1] // FRAMES_PER_TOKEN)
             found["audio"] = torch.as_tensor(told["audio_embed_sizes"]).clamp(max=most)
         if told.get("image_pixel_values") is not None:
-            images, crop = (
-                zip(told["image_sizes"], told["image_attention_mask"], strict=True),
-                self.config.vision_config,
-            )
-            found["image"] = torch.tensor([places(*one, crop.crop_size).shape[1] for one in images])
+            images = zip(told["image_sizes"], told["image_attention_mask"], strict=True)
+            crop = self.config.vision_config.crop_size
+            found["image"] = torch.tensor([places(*one, crop).shape[1] for one in images])
         return found
 
 

@@ -29,7 +29,7 @@ Qwen2_5OmniThinkerAdapter = decoder_adapter("Qwen2_5OmniThinker", **PARTS, biase
 
 def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
     """The model's own three position streams for an input, int64 `[3, batch, pos]`: time, row, column."""
-    mask = tensors.get("feature_attention_mask")
+    mask, seconds = (tensors.get(name) for name in ("feature_attention_mask", "video_second_per_grid"))
     ids, _ = hf_model.model.get_rope_index(
         tensors["input_ids"],
         image_grid_thw=tensors.get("image_grid_thw"),
@@ -37,13 +37,9 @@ def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
         attention_mask=tensors["attention_mask"],
         use_audio_in_video=bool(tensors.get("use_audio_in_video")),
         audio_seqlens=None if mask is None else mask.sum(-1),
-        second_per_grids=_tensor(tensors.get("video_second_per_grid")),
+        second_per_grids=None if seconds is None else torch.as_tensor(seconds),
     )
     return ids
-
-
-def _tensor(value: Any) -> torch.Tensor | None:
-    return None if value is None else torch.as_tensor(value)
 
 
 FAMILY = Family(

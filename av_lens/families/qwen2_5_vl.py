@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Int64
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from av_lens.errors import InputError
 from av_lens.families.adapter import causal_decoder, decoder_adapter
-from av_lens.families.media_layout import Media, TensorAxes
+from av_lens.families.media_layout import Media, MediaLayout, TensorAxes
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
 
@@ -26,8 +25,7 @@ PARTS = {
     "media": {"image": "pixel_values", "video": "pixel_values_videos"},
 }
 """The tower, and the tensors of what it encodes."""
-TYPES = {"image": 1, "video": 2}
-"""How the model is told which positions are pictures."""
+TYPES = {"image": 1, "video": 2}  # how the model is told which positions are pictures
 
 
 class Qwen2_5VLMedia(QwenMedia):
@@ -43,10 +41,7 @@ class Qwen2_5VLMedia(QwenMedia):
         """As the vision tower's configuration says."""
         return float(config.vision_config.tokens_per_second)
 
-    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
-        """Any rate above 0."""
-        if not np.isfinite(fps) or fps <= 0:
-            raise InputError(f"fps={fps:g}: frames are sampled at a rate above 0.")
+    require_frame_rate = MediaLayout.require_frame_rate
 
     def bare(self, kind: str) -> str:
         """Vision start, placeholder, vision end."""

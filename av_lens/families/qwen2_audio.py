@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Qwen2AudioForConditionalGeneration
 
 from av_lens.families.adapter import causal_decoder, decoder_adapter
-from av_lens.families.media_layout import Media, TensorAxes
+from av_lens.families.media_layout import Media, MediaLayout, TensorAxes
 from av_lens.families.one_stream import Counted, position_ids
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
@@ -36,18 +36,14 @@ class Qwen2AudioMedia(QwenMedia):
         """One id for each token, of 40 ms."""
         return 25.0
 
-    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
-        """There are no frames."""
+    require_frame_rate = MediaLayout.require_frame_rate
+    expected_positions = MediaLayout.expected_positions
 
     def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
         """As one call of the processor names them."""
         made = super().tensors(ids, media)
         del made["use_audio_in_video"]
         return made
-
-    def expected_positions(self, ids: np.ndarray, media: Media) -> Int64[np.ndarray, "1 pos"]:
-        """They are counted."""
-        return np.arange(len(ids), dtype=np.int64)[None]
 
 
 class Hearing(Counted):

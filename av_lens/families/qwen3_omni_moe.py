@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int64
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
-from av_lens.errors import InputError
 from av_lens.families.adapter import causal_decoder, decoder_adapter, deepstack
+from av_lens.families.media_layout import MediaLayout
 from av_lens.families.qwen2_5_omni import PARTS, position_ids
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
@@ -29,10 +29,7 @@ class Qwen3OmniMedia(QwenMedia):
     chunk_frames, chunk_tokens = 100, 13  # the sound's tower takes so many mel frames together
     frames_per_token = 8
 
-    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
-        """Any rate above 0: sound is woven in by time alone."""
-        if not np.isfinite(fps) or fps <= 0:
-            raise InputError(f"fps={fps:g}: frames are sampled at a rate above 0.")
+    require_frame_rate = MediaLayout.require_frame_rate  # sound is woven in by time alone
 
     def sound_tokens(self, mel_frames: int) -> int:
         """Count the tokens of a sound: three convolutions of stride 2 over chunks of 100 frames, 13 tokens each."""

@@ -143,8 +143,7 @@ class QwenMedia(MediaLayout):
 
     def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
         """As one call of the processor names them."""
-        made: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]}
-        made["attention_mask"] = torch.ones_like(made["input_ids"])
+        made = super().tensors(ids, media)
         made["use_audio_in_video"] = media.interleaved
         if media.picture is not None:
             pixels, grids = _PIXELS[media.picture.kind]

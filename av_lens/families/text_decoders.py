@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int64
-from torch import Tensor
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from av_lens.errors import InputError
 from av_lens.families.adapter import causal_decoder, decoder_adapter
 from av_lens.families.media_layout import Media, MediaLayout
+from av_lens.families.one_stream import from_zero
 from av_lens.families.registry import Family
 from av_lens.spans import SpanMap
 
@@ -66,9 +64,6 @@ class TextMedia(MediaLayout):
         """None."""
         return ()
 
-    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
-        """There are no frames."""
-
     def media(self, clip: Any, *, picture: str | None, sound: str | None, fps: float | int) -> Media:
         """Refuse a clip."""
         raise InputError(
@@ -84,31 +79,16 @@ class TextMedia(MediaLayout):
         """None."""
         return {}
 
-    def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
-        """Ids and their mask."""
-        given = torch.from_numpy(ids)[None]
-        return {"input_ids": given, "attention_mask": torch.ones_like(given)}
-
     def span_map(self, ids: np.ndarray, roles: Sequence[str], tokens: Sequence[str], media: Media) -> SpanMap:
         """Roles alone."""
         return SpanMap.of_roles(roles, tokens)
-
-    def expected_positions(self, ids: np.ndarray, media: Media) -> Int64[np.ndarray, "1 pos"]:
-        """They are counted."""
-        return np.arange(len(ids), dtype=np.int64)[None]
 
     def provenance(self, clip: Any, media: Media, fps: float | int) -> dict[str, Any]:
         """Nothing was made."""
         return {}
 
 
-def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> Int64[Tensor, "1 batch pos"]:
-    """Positions are counted from 0."""
-    ids = tensors["input_ids"]
-    return torch.arange(ids.shape[1], device=ids.device).expand(1, *ids.shape).clone()
-
-
-_TEXT: dict[str, Any] = {"media": TextMedia, "position_ids": position_ids, "replay_traits": causal_decoder}
+_TEXT: dict[str, Any] = {"media": TextMedia, "position_ids": from_zero, "replay_traits": causal_decoder}
 
 FAMILIES = (
     Family(

@@ -37,15 +37,10 @@ from av_lens.errors import InputError, unknown
 
 @dataclass(frozen=True)
 class Grammar:
-    """The accepted phrasings of each kind of question.
+    """The accepted phrasings of each kind of question."""
 
-    Attributes:
-        questions: kind -> its phrasings, exactly as the model was trained on them.
-        spellings: word -> the spelling it is read as.
-    """
-
-    questions: Mapping[str, tuple[str, ...]]
-    spellings: Mapping[str, str] = field(default_factory=dict[str, str])
+    questions: Mapping[str, tuple[str, ...]]  # kind -> its phrasings, exactly as the model was trained on them
+    spellings: Mapping[str, str] = field(default_factory=dict[str, str])  # word -> the spelling it is read as
 
     def __post_init__(self) -> None:
         if not any(self.questions.values()):
@@ -98,15 +93,10 @@ FORMS = (" word", "word", " Word", "Word")
 
 @dataclass(frozen=True)
 class Answer:
-    """The token ids of an answer.
+    """The token ids of an answer."""
 
-    Attributes:
-        text: the answer as it was asked for.
-        options: the token ids of each synonym.
-    """
-
-    text: str
-    options: tuple[tuple[int, ...], ...]
+    text: str  # the answer as it was asked for
+    options: tuple[tuple[int, ...], ...]  # the token ids of each synonym
 
     def __post_init__(self) -> None:
         if not self.options or not all(self.options):

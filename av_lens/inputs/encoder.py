@@ -45,8 +45,7 @@ from av_lens.spans import SpanMap
 
 _QUESTION_MARK = "\ue000question\ue001"  # private-use characters: no text holds them
 _SYSTEM_MARK = "\ue000system\ue001"
-Pieces = tuple[tuple[str, str], ...]
-"""Texts, each with its role; joined they are the prompt."""
+Pieces = tuple[tuple[str, str], ...]  # texts, each with its role; joined they are the prompt
 
 
 @dataclass(frozen=True)

@@ -382,8 +382,7 @@ def _shared_map(parts: Sequence[SpanMap]) -> SpanMap:
     return replace(first, tokens=tokens, **times)
 
 
-SMALLEST = 1 << 17
-"""Bytes from which on a tensor is worth hashing."""
+SMALLEST = 1 << 17  # bytes from which on a tensor is worth hashing
 _KNOWN: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
 
 

@@ -57,23 +57,14 @@ class KV:
 
 @dataclass(frozen=True)
 class Node:
-    """One end of a path.
+    """One end of a path."""
 
-    Attributes:
-        kind: "head", "kv", "mlp", "embed" or "logits"; "total" stands for everything after a sender.
-        layer: the layer; None for embed and logits.
-        index: the head, or key-value head.
-        input: "q", "k" or "v" of a receiving head; None of a sender.
-        span: the positions of "embed": a role or a `Span`.
-        span_name: the role's name, or "span".
-    """
-
-    kind: str
-    layer: int | None = None
-    index: int | None = None
-    input: str | None = None
-    span: Any = field(default=None, compare=False)
-    span_name: str = ""
+    kind: str  # "head", "kv", "mlp", "embed" or "logits"; "total" stands for everything after a sender
+    layer: int | None = None  # the layer; None for embed and logits
+    index: int | None = None  # the head, or key-value head
+    input: str | None = None  # "q", "k" or "v" of a receiving head; None of a sender
+    span: Any = field(default=None, compare=False)  # the positions of "embed": a role or a `Span`
+    span_name: str = ""  # the role's name, or "span"
 
     @property
     def label(self) -> str:
@@ -106,8 +97,7 @@ class Node:
             check_heads((self.index,), known, spec, component)
 
 
-Ends = dict[str, tuple[Node, ...]]
-"""Ends by name, each made of one node or of several patched together."""
+Ends = dict[str, tuple[Node, ...]]  # ends by name, each made of one node or of several patched together
 
 
 def senders(given: Any, spec: ModelSpec, roles: Sequence[str]) -> Ends:
@@ -243,14 +233,7 @@ class Cut:
         return 0 if self.layers is None else min(self.layers)
 
     def first_position(self, spans: SpanMap) -> int:
-        """Find the first position whose reading changes.
-
-        Args:
-            spans: the `SpanMap` of the input.
-
-        Returns:
-            The smallest query position.
-        """
+        """Find the first position whose reading changes."""
         index = self._queries(spans).index
         return index[0] if index else len(spans)
 
@@ -263,19 +246,7 @@ class Cut:
         return found
 
     def bound(self, spec: ModelSpec, spans: SpanMap, batch: int | None = None) -> BoundCut:
-        """Check the cut against a model and an input, and make it ready to run.
-
-        Args:
-            spec: the model's sizes.
-            spans: the `SpanMap` of the input.
-            batch: not used; edges are cut in every example alike.
-
-        Returns:
-            The cut with its positions and layers resolved.
-
-        Raises:
-            InterventionError: a layer or head is out of range, or no edge would be cut.
-        """
+        """Check the cut against a model and an input, and make it ready to run."""
         layers = tuple(range(spec.n_layers)) if self.layers is None else self.layers
         check_layers(layers, spec)
         check_heads(self.heads, spec.n_heads, spec, "the attention pattern")
@@ -291,21 +262,13 @@ class Cut:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BoundCut(Brief):
-    """A cut on one model and one prompt.
+    """A cut on one model and one prompt."""
 
-    Attributes:
-        edit: what was asked.
-        layers: the layers, resolved.
-        queries: positions that read.
-        keys: positions that are read.
-        n_prompt: positions of the prompt.
-    """
-
-    edit: Cut
-    layers: tuple[int, ...]
-    queries: Positions
-    keys: Positions
-    n_prompt: int
+    edit: Cut  # what was asked
+    layers: tuple[int, ...]  # the layers, resolved
+    queries: Positions  # positions that read
+    keys: Positions  # positions that are read
+    n_prompt: int  # positions of the prompt
 
     def mask(
         self, n_heads: int, n_query: int, n_key: int, *, offset: int

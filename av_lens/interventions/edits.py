@@ -38,48 +38,27 @@ KV_COMPONENTS = ("k", "v", "rot_k")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The sizes of a model's fusion stack.
+    """The sizes of a model's fusion stack."""
 
-    Attributes:
-        n_layers: fusion layers.
-        n_heads: query heads per layer.
-        n_kv_heads: key-value heads per layer; each serves `n_heads / n_kv_heads` query heads.
-        d_model: width of the residual stream.
-        d_head: width of a head.
-        d_mlp: hidden units of an MLP.
-        d_vocab: tokens of the vocabulary.
-        experts: the layers that choose among many MLPs, and so have no units of one.
-        lacking: components that some layer does not have, each with that layer.
-        own: where layers differ, each one's own `n_kv_heads`, `d_head` and `d_mlp`.
-        d_experts: hidden units of all experts that one position goes through; 0 without experts.
-    """
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_model: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    experts: frozenset[int] = frozenset()
-    lacking: frozenset[tuple[str, int]] = frozenset()
-    own: tuple[tuple[int, int, int], ...] = ()
+    n_layers: int  # fusion layers
+    n_heads: int  # query heads per layer
+    n_kv_heads: int  # key-value heads per layer; each serves `n_heads / n_kv_heads` query heads
+    d_model: int  # width of the residual stream
+    d_head: int  # width of a head
+    d_mlp: int  # hidden units of an MLP
+    d_vocab: int  # tokens of the vocabulary
+    experts: frozenset[int] = frozenset()  # the layers that choose among many MLPs, and so have no units of one
+    lacking: frozenset[tuple[str, int]] = frozenset()  # components that some layer does not have, each with that layer
+    own: tuple[tuple[int, int, int], ...] = ()  # where layers differ, each one's own `n_kv_heads`, `d_head` and `d_mlp`
 
     def at(self, layer: int | None) -> ModelSpec:
-        """Say the sizes of one layer.
-
-        Args:
-            layer: the layer, or None outside the layers.
-
-        Returns:
-            The same sizes, but for those that this layer has of its own.
-        """
+        """Say the sizes of one layer."""
         if layer is None or not self.own:
             return self
         n_kv_heads, d_head, d_mlp = self.own[layer]
         return dataclasses.replace(self, n_kv_heads=n_kv_heads, d_head=d_head, d_mlp=d_mlp, own=())
 
-    d_experts: int = 0
+    d_experts: int = 0  # hidden units of all experts that one position goes through; 0 without experts
 
     @property
     def widest(self) -> int:
@@ -90,17 +69,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions resolved on one prompt: a slice where they are contiguous, else a list, and whether decoding joins.
+    """Positions resolved on one prompt: a slice where they are contiguous, else a list, and whether decoding joins."""
 
-    Attributes:
-        index: positions of the prompt, ascending and distinct.
-        decode: whether positions that decoding adds belong to it.
-        everything: whether all positions were asked for (no list given).
-    """
-
-    index: tuple[int, ...]
-    decode: bool = False
-    everything: bool = False
+    index: tuple[int, ...]  # positions of the prompt, ascending and distinct
+    decode: bool = False  # whether positions that decoding adds belong to it
+    everything: bool = False  # whether all positions were asked for (no list given)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -268,8 +241,7 @@ def check_heads(heads: tuple[int, ...] | None, known: int, spec: ModelSpec, comp
             raise InterventionError(text)
 
 
-UNITS = ("mlp_pre", "mlp_pre_linear", "mlp_post")
-"""Components that show the units of one MLP."""
+UNITS = ("mlp_pre", "mlp_pre_linear", "mlp_post")  # components that show the units of one MLP
 Kind = Literal["replace", "zero", "resample", "noise", "scale", "add"]
 
 
@@ -335,19 +307,12 @@ class Edit(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BoundEdit(Brief):
-    """An edit on one model and one prompt: `apply_` writes it into an activation in place.
+    """An edit on one model and one prompt: `apply_` writes it into an activation in place."""
 
-    Attributes:
-        edit: what was asked.
-        positions: the site's positions, resolved.
-        value: `[batch or 1, pos or 1, (head or 1,) d]`, or None.
-        n_prompt: positions of the prompt.
-    """
-
-    edit: Edit
-    positions: Positions
-    value: Tensor | None
-    n_prompt: int
+    edit: Edit  # what was asked
+    positions: Positions  # the site's positions, resolved
+    value: Tensor | None  # `[batch or 1, pos or 1, (head or 1,) d]`, or None
+    n_prompt: int  # positions of the prompt
 
     @property
     def rowwise(self) -> bool:

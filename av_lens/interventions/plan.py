@@ -128,28 +128,18 @@ class Plan(Brief):
 
 @dataclass(eq=False, repr=False)
 class Step(Brief):
-    """One edit at one hook.
+    """One edit at one hook."""
 
-    Attributes:
-        number: the edit's place in the plan.
-        component: the component it acts on.
-        layer: its layer, or None.
-        apply_: writes into `[batch, pos, head, d]` (scores and pattern: `[batch, head, query_pos, key_pos]`) in place,
-            given the absolute position of the first row; says whether anything was there to write.
-        in_prompt: firings expected in the prompt's forward, 0 or 1.
-        in_decode: firings expected at each decoding step, 0 or 1.
-        rowwise: whether it does to each row the same whichever other rows it is shown.
-        fired: firings so far.
-    """
-
-    number: int
-    component: str
-    layer: int | None
+    number: int  # the edit's place in the plan
+    component: str  # the component it acts on
+    layer: int | None  # its layer, or None
+    # writes into `[batch, pos, head, d]` (scores and pattern: `[batch, head, query_pos, key_pos]`) in place, given the
+    # absolute position of the first row; says whether anything was there to write
     apply_: Callable[[Tensor, int], bool]
-    in_prompt: int
-    in_decode: int
-    rowwise: bool = True
-    fired: int = 0
+    in_prompt: int  # firings expected in the prompt's forward, 0 or 1
+    in_decode: int  # firings expected at each decoding step, 0 or 1
+    rowwise: bool = True  # whether it does to each row the same whichever other rows it is shown
+    fired: int = 0  # firings so far
 
     def __call__(self, activation: Tensor, offset: int) -> None:
         """Apply the edit and count it."""
@@ -158,19 +148,12 @@ class Step(Brief):
 
 @dataclass(eq=False, repr=False)
 class CompiledPlan(Brief):
-    """A plan on one model and one prompt, for one run.
+    """A plan on one model and one prompt, for one run."""
 
-    Attributes:
-        steps: every edit at every hook that it touches.
-        n_prompt: positions of the prompt.
-        first_layer: the first layer that it can change; -1 for an empty plan.
-        first_position: the first position that it can change; `n_prompt` for an empty plan.
-    """
-
-    steps: tuple[Step, ...]
-    n_prompt: int
-    first_layer: int
-    first_position: int
+    steps: tuple[Step, ...]  # every edit at every hook that it touches
+    n_prompt: int  # positions of the prompt
+    first_layer: int  # the first layer that it can change; -1 for an empty plan
+    first_position: int  # the first position that it can change; `n_prompt` for an empty plan
     _offsets: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -218,14 +201,7 @@ class CompiledPlan(Brief):
         return dict(record)
 
     def verify(self, *, decode_steps: int = 0) -> None:
-        """Raise if an edit did not fire as often as it should have.
-
-        Args:
-            decode_steps: decoding steps that followed the prompt's forward.
-
-        Raises:
-            InterventionError: an edit fired too seldom or too often.
-        """
+        """Raise if an edit did not fire as often as it should have."""
         for step in self.steps:
             expected = step.in_prompt + decode_steps * step.in_decode
             if step.fired != expected:

@@ -10,15 +10,5 @@ from av_lens.lab.planting.planting import plant
 from av_lens.lab.seeds import run_seeds
 from av_lens.lab.training.courses import train
 
-__all__ = [
-    "Demonstration",
-    "calibrate",
-    "check",
-    "isolate_into",
-    "plant",
-    "planted_truth",
-    "run_demo",
-    "run_plantbench",
-    "run_seeds",
-    "train",
-]
+__all__ = ["Demonstration", "calibrate", "check", "isolate_into", "plant", "planted_truth", "run_demo"]
+__all__ += ["run_plantbench", "run_seeds", "train"]

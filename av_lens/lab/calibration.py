@@ -104,22 +104,15 @@ def mask_of(heads: Collection[Head], shape: tuple[int, ...]) -> Mask:
 
 @dataclass(frozen=True)
 class PlantTruth:
-    """What is known about one model.
+    """What is known about one model."""
 
-    Attributes:
-        plant: what was asked for ("redundant-gates", ...), "planted" where the file does not say; of models without a
-            truth file "balanced", or "subject" where nothing is known.
-        kinds: the true heads' kinds, by the names that `isolate` gives.
-        free_riders: planted heads whose reversion changes nothing.
-        decoys: heads trained for another behaviour.
-        redundant: whether some true head, put back alone, restores less than half of what it can add.
-    """
-
+    # what was asked for ("redundant-gates", ...), "planted" where the file does not say; of models without a truth file
+    # "balanced", or "subject" where nothing is known
     plant: str
-    kinds: Mapping[Head, str]
-    free_riders: tuple[Head, ...] = ()
-    decoys: tuple[Head, ...] = ()
-    redundant: bool = False
+    kinds: Mapping[Head, str]  # the true heads' kinds, by the names that `isolate` gives
+    free_riders: tuple[Head, ...] = ()  # planted heads whose reversion changes nothing
+    decoys: tuple[Head, ...] = ()  # heads trained for another behaviour
+    redundant: bool = False  # whether some true head, put back alone, restores less than half of what it can add
 
     @property
     def null(self) -> bool:

@@ -89,7 +89,10 @@ def check(
     require_keywords("check", how, load, own=("name_or_path",))
     if plans < 1:
         raise InputError(f"plans={plans}: at least one plan is replayed.")
-    shown = made_clip() if clip is None else nameless(clip if isinstance(clip, Clip) else load_clip(clip))
+    shown = made_clip()
+    if clip is not None:
+        given = clip if isinstance(clip, Clip) else load_clip(clip)
+        shown = replace(given, path=None, sha256=None, window=None, notes=())
     source = opened(name_or_path, **how)
     media = family_of(type(source.hf_model)).media
     kinds, wanted = media.kinds, dict(layouts(shown, media.kinds, woven=media.woven))
@@ -97,28 +100,23 @@ def check(
         raise InputError(f"this model takes text and {' and '.join(kinds)}, and the clip has none of it: give another.")
     made_on, checks = about(source, name_or_path, shown), list[Check]()
     secrets = [str(one) for one in (Path.home(), name_or_path, clip) if isinstance(one, str | Path)]
+    bench = partial(Bench, question=question, plans=plans, quick=quick, seed=seed)
     with watched(progress) as show:
-        for done, found in enumerate(_all(source, shown, wanted, question, Settings(plans, quick, seed))):
+        for done, found in enumerate(_all(source, shown, wanted, question, bench)):
             checks += [replace(one, found=_told(one.found, secrets)) for one in found]
             show("guarantees", done + 1, len(wanted) * 2 + len(PROOFS) + 3)
     return CheckReport(tuple(checks), made_on)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How much is tried: as `check` takes it."""
-
-    plans: int
-    quick: bool
-    seed: int
-
-
 def _all(
-    source: Opened, clip: Clip, wanted: Mapping[str, Mapping[str, Any]], question: str, how: Settings
+    source: Opened, clip: Clip, wanted: Mapping[str, Mapping[str, Any]], question: str, bench: Callable[..., Bench]
 ) -> Iterator[list[Check]]:
     """Every guarantee, in the order at the top of this module."""
     source.hf_model.eval().set_attn_implementation("eager")
-    plain = Plain(source.hf_model, plain_encoder(source), clip, question)
+    family, hf_model = family_of(type(source.hf_model)), source.hf_model
+    ids, grammar = partial(family.position_ids, hf_model), source.more.get("grammar")
+    encoder = Encoder(source.processor, hf_model.config, ids, grammar=grammar, media=family.media)
+    plain = Plain(hf_model, encoder, clip, question)
     for name, options in wanted.items():  # 1
         yield _tried(f"{name}: position ids", partial(plain.keep, name, options))
     if not plain.own:
@@ -126,12 +124,12 @@ def _all(
     model = source.wrapped()
     for name, kept in plain.own.items():  # 2
         yield _tried(f"{name}: logits", partial(_ours, name, kept, model))
-    bench = Bench(model, next(iter(plain.own.values())).x, question, how.plans, how.quick, how.seed)
+    made = bench(model, next(iter(plain.own.values())).x)
     plain.own.clear()
     for proof in PROOFS:  # 3
-        yield _tried(str(proof.__doc__).splitlines()[0].rstrip("."), partial(proof, bench))
-    yield _tried("a trace and a sweep", partial(costs, model, bench.x))  # 4
-    yield _tried("the CPU agrees with the device", partial(on_the_cpu, bench))  # 5
+        yield _tried(str(proof.__doc__).splitlines()[0].rstrip("."), partial(proof, made))
+    yield _tried("a trace and a sweep", partial(costs, model, made.x))  # 4
+    yield _tried("the CPU agrees with the device", partial(on_the_cpu, made))  # 5
 
 
 def _tried(name: str, made: Callable[[], list[Check]]) -> list[Check]:
@@ -145,38 +143,23 @@ def _tried(name: str, made: Callable[[], list[Check]]) -> list[Check]:
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """What HuggingFace's own model made of one layout.
+    """What HuggingFace's own model made of one layout."""
 
-    Attributes:
-        x: the input.
-        rows: the positions whose logits are kept.
-        logits: its logits there, `[row, d_vocab]`.
-        tokens: its greedy tokens, the prompt's included.
-    """
-
-    x: AVInputs
-    rows: Tensor
-    logits: Tensor
-    tokens: Tensor
+    x: AVInputs  # the input
+    rows: Tensor  # the positions whose logits are kept
+    logits: Tensor  # its logits there, `[row, d_vocab]`
+    tokens: Tensor  # its greedy tokens, the prompt's included
 
 
 @dataclass(frozen=True, eq=False)
 class Plain:
-    """HuggingFace's model before it is wrapped, what it is asked, and what it said.
+    """HuggingFace's model before it is wrapped, what it is asked, and what it said."""
 
-    Attributes:
-        hf_model: the model.
-        encoder: what makes its inputs.
-        clip: what it sees and hears.
-        question: what it is asked.
-        own: what it said, by layout.
-    """
-
-    hf_model: Any
-    encoder: Encoder
-    clip: Clip
-    question: str
-    own: dict[str, Own] = field(default_factory=dict[str, Own])
+    hf_model: Any  # the model
+    encoder: Encoder  # what makes its inputs
+    clip: Clip  # what it sees and hears
+    question: str  # what it is asked
+    own: dict[str, Own] = field(default_factory=dict[str, Own])  # what it said, by layout
 
     @torch.no_grad()
     def keep(self, name: str, options: Mapping[str, Any]) -> list[Check]:
@@ -245,18 +228,6 @@ def layouts(clip: Clip, kinds: Iterable[str], *, woven: bool = True) -> Iterator
             yield name, {"picture": picture, "sound": sound}
 
 
-def plain_encoder(source: Opened) -> Encoder:
-    """The encoder that the wrapped model will have, before it is wrapped."""
-    family, model = family_of(type(source.hf_model)), source.hf_model
-    ids = partial(family.position_ids, model)
-    return Encoder(source.processor, model.config, ids, grammar=source.more.get("grammar"), media=family.media)
-
-
-def nameless(clip: Clip) -> Clip:
-    """The clip without its path, its file's hash and what was done to it."""
-    return replace(clip, path=None, sha256=None, window=None, notes=())
-
-
 @torch.no_grad()
 def costs(model: HookedAVLLM, x: AVInputs) -> list[Check]:
     """What a trace and a sweep of one layer's heads were estimated to cost, and what they cost."""
@@ -290,9 +261,8 @@ def measured(device: torch.device) -> Generator[dict[str, float]]:
     process, heights = psutil.Process(), list[int]()
 
     def look() -> None:
-        while not done.is_set():
+        while not done.wait(0.002):
             heights.append(process.memory_info().rss)
-            time.sleep(0.002)
 
     if cuda:
         torch.cuda.synchronize(device)
@@ -300,8 +270,7 @@ def measured(device: torch.device) -> Generator[dict[str, float]]:
     before = torch.cuda.memory_allocated(device) if cuda else process.memory_info().rss
     watcher = threading.Thread(target=look, daemon=True)
     begun = time.perf_counter()
-    if not cuda:
-        watcher.start()
+    watcher.start()
     try:
         yield found
     finally:
@@ -309,8 +278,7 @@ def measured(device: torch.device) -> Generator[dict[str, float]]:
             torch.cuda.synchronize(device)
         found["s"] = time.perf_counter() - begun
         done.set()
-        if not cuda:
-            watcher.join()
+        watcher.join()
         height = torch.cuda.max_memory_allocated(device) if cuda else max(heights, default=before)
         found["gb"] = max(0, height - before) / 1e9
 

@@ -23,17 +23,11 @@ from av_lens.whole_files import make_folder, stored, sweep_partials, whole_folde
 
 @dataclass(eq=False)
 class Parts:
-    """The ledger of a folder's parts.
+    """The ledger of a folder's parts."""
 
-    Attributes:
-        folder: where the parts stand.
-        settings: everything that the parts depend on, as plain values.
-        seconds: how long each part took that was done in this run.
-    """
-
-    folder: Path
-    settings: Mapping[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
+    folder: Path  # where the parts stand
+    settings: Mapping[str, Any]  # everything that the parts depend on, as plain values
+    seconds: dict[str, float] = field(default_factory=dict)  # how long each part took that was done in this run
 
     @property
     def key(self) -> str:
@@ -60,8 +54,7 @@ class Parts:
         return stored(self.folder / "parts.json", lambda found: found) or {}
 
 
-Table = tuple[list[str], list[list[str]]]
-"""Headings and rows."""
+Table = tuple[list[str], list[list[str]]]  # headings and rows
 
 
 def markdown(table: Table, *, left: Collection[int] = (0,)) -> str:
@@ -74,17 +67,11 @@ def markdown(table: Table, *, left: Collection[int] = (0,)) -> str:
 
 @dataclass(frozen=True)
 class FilledPage:
-    """A page of the documentation, the part of it that a command fills, and the record that the part is made from.
+    """A page of the documentation, the part of it that a command fills, and the record that the part is made from."""
 
-    Attributes:
-        name: the page's file.
-        record: the record's file, beside it.
-        mark: what the two comments around the part are called.
-    """
-
-    name: str
-    record: str
-    mark: str
+    name: str  # the page's file
+    record: str  # the record's file, beside it
+    mark: str  # what the two comments around the part are called
 
     @property
     def empty(self) -> str:

@@ -43,23 +43,14 @@ PLACES = (None, "media", "question|generation", "generation")
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What the proofs run on.
+    """What the proofs run on."""
 
-    Attributes:
-        model: the wrapped model.
-        x: the clip's input.
-        question: what is asked of short inputs.
-        plans: how many random plans are replayed.
-        quick: hooks of the last layer alone, a few.
-        seed: what plans are drawn from.
-    """
-
-    model: HookedAVLLM
-    x: AVInputs
-    question: str
-    plans: int
-    quick: bool
-    seed: int
+    model: HookedAVLLM  # the wrapped model
+    x: AVInputs  # the clip's input
+    question: str  # what is asked of short inputs
+    plans: int  # how many random plans are replayed
+    quick: bool  # hooks of the last layer alone, a few
+    seed: int  # what plans are drawn from
 
     @property
     def limit(self) -> float:

@@ -42,29 +42,17 @@ RECORD = "true_shapes.json"
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a checkpoint.
+    """The sizes of a checkpoint."""
 
-    Attributes:
-        name: what tables call it.
-        n_layers: fusion layers.
-        d_model: width of the stream.
-        n_heads: query heads of a layer.
-        n_kv_heads: key-value heads.
-        d_mlp: width of the feed-forward layers.
-        d_vocab: tokens.
-        audio: layers, width, heads and inner width of the audio tower.
-        vision: the same of the vision tower.
-    """
-
-    name: str
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_mlp: int
-    d_vocab: int
-    audio: tuple[int, int, int, int] = (32, 1280, 20, 5120)
-    vision: tuple[int, int, int, int] = (32, 1280, 16, 3420)
+    name: str  # what tables call it
+    n_layers: int  # fusion layers
+    d_model: int  # width of the stream
+    n_heads: int  # query heads of a layer
+    n_kv_heads: int  # key-value heads
+    d_mlp: int  # width of the feed-forward layers
+    d_vocab: int  # tokens
+    audio: tuple[int, int, int, int] = (32, 1280, 20, 5120)  # layers, width, heads and inner width of the audio tower
+    vision: tuple[int, int, int, int] = (32, 1280, 16, 3420)  # the same of the vision tower
 
     @property
     def layer_weights(self) -> int:

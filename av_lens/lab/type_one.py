@@ -23,7 +23,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -46,8 +46,7 @@ LEVELS = (0.05, 0.001, 0.0001)
 EFFECT = 0.5
 AT_ONCE, DESIGNS, POWER_PARTS = 1000, 10, 5
 """Draws at once; designs a row; of so many parts of the draws one is used for power."""
-FLIPPED_FAMILY = 50
-"""Sign flips are sampled as for a family of so many: 10,000 of them."""
+FLIPPED_FAMILY = 50  # sign flips are sampled as for a family of so many: 10,000 of them
 
 
 @dataclass(frozen=True)
@@ -114,18 +113,6 @@ def simulated(
             left -= n
 
 
-Rule = Callable[[Dyadic, np.ndarray], np.ndarray]
-
-
-def _bent(rule: Dyadic, values: np.ndarray) -> np.ndarray:
-    t, spread = rule.pivots(values)
-    return stats.t.sf(t, spread.df)
-
-
-def _flipped(rule: Dyadic, values: np.ndarray) -> np.ndarray:
-    return sign_flips(values, range(len(values)), family=FLIPPED_FAMILY).p
-
-
 def row_of(design: Design, ratio: float, skew: float, *, draws: int, seed: int) -> dict[str, Any]:
     """Measure one row: the share of draws below every level, without and with an effect, by rule."""
     found: dict[str, list[np.ndarray]] = {}
@@ -134,11 +121,11 @@ def row_of(design: Design, ratio: float, skew: float, *, draws: int, seed: int) 
         df = float(rule.pivots(values[:, :1])[1].df[0])
         first = not number % POWER_PARTS
         for what, mu in (("type I", 0.0), ("power", EFFECT))[: 1 + first]:
-            p = {"t'": _bent(rule, values + mu)}
+            t, spread = rule.pivots(values + mu)
+            p = {"t'": stats.t.sf(t, spread.df)}
             if design is DISJOINT:
-                p["sign flips"] = _flipped(rule, values + mu)
-                left = rule.pivots(values + mu)[1].g < 0
-                p["as used"] = np.where(left, p["t'"], p["sign flips"])
+                p["sign flips"] = sign_flips(values + mu, range(len(values)), family=FLIPPED_FAMILY).p
+                p["as used"] = np.where(spread.g < 0, p["t'"], p["sign flips"])
             for name, one in p.items():
                 found.setdefault(f"{what}, {name}", []).append(np.stack([one < level for level in LEVELS]).mean(1))
                 found.setdefault(f"n {what}, {name}", []).append(np.array([len(one)]))

@@ -24,11 +24,9 @@ from jaxtyping import Float32, Float64, UInt8
 
 from av_lens.errors import AvLensError, BudgetError, MediaError, unknown
 
-DEFAULT_MAX_BYTES = 4 << 30
-"""Decoded bytes that one clip may hold unless its caller says more."""
+DEFAULT_MAX_BYTES = 4 << 30  # decoded bytes that one clip may hold unless its caller says more
 
-MAX_PIXELS = 1 << 27
-"""Pixels of one frame beyond which libav refuses to allocate it (16384 x 8192)."""
+MAX_PIXELS = 1 << 27  # pixels of one frame beyond which libav refuses to allocate it (16384 x 8192)
 
 # Demuxers that read other files, draw text as pictures, or need a caller to say what the bytes mean.
 _NOT_MEDIA = frozenset(
@@ -45,17 +43,11 @@ class MediaBudgetError(MediaError, BudgetError):
 
 @dataclass
 class Budget:
-    """Counts decoded bytes and refuses before they are allocated.
+    """Counts decoded bytes and refuses before they are allocated."""
 
-    Attributes:
-        path: the file, for the message.
-        max_bytes: how many bytes may be decoded.
-        used: how many have been.
-    """
-
-    path: str
-    max_bytes: int
-    used: int = 0
+    path: str  # the file, for the message
+    max_bytes: int  # how many bytes may be decoded
+    used: int = 0  # how many have been
 
     def take(self, n_bytes: float, what: str) -> None:
         """Book `n_bytes`, or refuse."""
@@ -272,8 +264,7 @@ def check_window(start: float, end: float | None) -> tuple[float, float | None]:
     return start, end
 
 
-TOLERANCE = 1e-6
-"""Seconds below which two times are the same time."""
+TOLERANCE = 1e-6  # seconds below which two times are the same time
 
 
 def prepared(

@@ -21,8 +21,7 @@ from av_lens.media import arrays, header
 SECONDS = 20.0
 FLAT_PICTURE, FLAT_SOUND = 4, 1e-3
 """Within these (grey levels of 256; full scale 1) a frame is of one colour, a sound is constant."""
-STILL = 32
-"""Within so many grey levels everywhere a frame is like the first one."""
+STILL = 32  # within so many grey levels everywhere a frame is like the first one
 
 
 class _Stream:

@@ -46,31 +46,18 @@ _KINDS = {"video": "picture", "audio": "sound"}
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """What a file's header says, nothing decoded.
+    """What a file's header says, nothing decoded."""
 
-    Attributes:
-        path: the file.
-        format: FFmpeg's name of the container.
-        duration: seconds, or NaN where the header does not say.
-        width: pixels, or 0 without a picture.
-        height: pixels, or 0 without a picture.
-        frame_rate: frames per second on average, or NaN.
-        sound_rate: Hz, or 0 without sound.
-        zero: the container time that the file's clock calls 0, in seconds.
-        is_image: whether the file holds a still image.
-        is_chained: whether it is several recordings one after the other, each with a clock of its own (Ogg).
-    """
-
-    path: str
-    format: str
-    duration: float
-    width: int
-    height: int
-    frame_rate: float
-    sound_rate: int
-    zero: Fraction
-    is_image: bool = False
-    is_chained: bool = False
+    path: str  # the file
+    format: str  # FFmpeg's name of the container
+    duration: float  # seconds, or NaN where the header does not say
+    width: int  # pixels, or 0 without a picture
+    height: int  # pixels, or 0 without a picture
+    frame_rate: float  # frames per second on average, or NaN
+    sound_rate: int  # hz, or 0 without sound
+    zero: Fraction  # the container time that the file's clock calls 0, in seconds
+    is_image: bool = False  # whether the file holds a still image
+    is_chained: bool = False  # whether it is several recordings one after the other, each with a clock of its own (Ogg)
 
     @property
     def has_picture(self) -> bool:

@@ -26,42 +26,28 @@ from av_lens.media.source import ClipFile
 
 SEE, CONTROL, DESCRIBE = "What do you see?", "What colour is it?", "Describe this short clip."
 
-KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control", "describe")
-KEYS += ("source", "references")
+_ASIDE = ("prefix", "see", "control", "describe")
 _FILES = ("sound", "picture")
 _REQUIRED = (*_FILES, "question", "answers")
-_TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control", "describe")
+_TEXTS = ("id", *_FILES, "question", *_ASIDE)
+KEYS = ("id", *_REQUIRED, "start", "end", *_ASIDE, "source", "references")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A line of a manifest: what a `Conflict` is made of, under the same names.
+    """A line of a manifest: what a `Conflict` is made of, under the same names."""
 
-    Attributes:
-        sound: the file whose sound is heard.
-        picture: the file whose picture is seen.
-        question: what is asked.
-        answers: the sound's, then the picture's.
-        prefix: text of the assistant before the asked position.
-        see: the question about the picture.
-        control: a question about neither.
-        describe: what is asked where captions are written.
-        id: its name.
-        references: a text on the sound's clip and one on the picture's, or None.
-        source: what the sound's and the picture's clips were cut from.
-    """
-
-    sound: ClipFile
-    picture: ClipFile
-    question: str
-    answers: tuple[str | tuple[str, ...], str | tuple[str, ...]]
-    prefix: str
-    see: str
-    control: str
-    describe: str
-    id: str
-    references: tuple[str, str] | None = None
-    source: tuple[str, str] | None = None
+    sound: ClipFile  # the file whose sound is heard
+    picture: ClipFile  # the file whose picture is seen
+    question: str  # what is asked
+    answers: tuple[str | tuple[str, ...], str | tuple[str, ...]]  # the sound's, then the picture's
+    prefix: str  # text of the assistant before the asked position
+    see: str  # the question about the picture
+    control: str  # a question about neither
+    describe: str  # what is asked where captions are written
+    id: str  # its name
+    references: tuple[str, str] | None = None  # a text on the sound's clip and one on the picture's, or None
+    source: tuple[str, str] | None = None  # what the sound's and the picture's clips were cut from
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:

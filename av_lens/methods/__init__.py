@@ -18,28 +18,7 @@ from av_lens.methods.sinks import Sinks, find_sinks
 from av_lens.methods.steering import mean_difference, reweighed, steer
 from av_lens.methods.tracing import causal_trace
 
-__all__ = [
-    "Judge",
-    "Sinks",
-    "at_chosen_layer",
-    "attention_flow",
-    "attribution_patch",
-    "base_shift",
-    "caption",
-    "causal_trace",
-    "direct_attribution",
-    "edge_attribution",
-    "find_circuit",
-    "find_sinks",
-    "graft",
-    "knockout",
-    "logit_lens",
-    "mean_difference",
-    "patch",
-    "path_patch",
-    "probe",
-    "read_streams",
-    "reweighed",
-    "steer",
-    "weight_change",
-]
+__all__ = ["Judge", "Sinks", "at_chosen_layer", "attention_flow", "attribution_patch", "base_shift", "caption"]
+__all__ += ["causal_trace", "direct_attribution", "edge_attribution", "find_circuit", "find_sinks", "graft", "knockout"]
+__all__ += ["logit_lens", "mean_difference", "patch", "path_patch", "probe", "read_streams", "reweighed", "steer"]
+__all__ += ["weight_change"]

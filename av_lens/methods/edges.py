@@ -162,21 +162,14 @@ def _receivers(spec: Any) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Senders that write at one point: the embedding (layer -1), a layer's heads, or its MLP.
+    """Senders that write at one point: the embedding (layer -1), a layer's heads, or its MLP."""
 
-    Attributes:
-        part: the component: "embed", "z" or "mlp_out".
-        layer: the layer.
-        change: donor - base at every position: `[batch, pos, head, d_head]` for heads, else `[batch, pos, d_model]`.
-        heads: the layer whose heads these are, else None.
-        first: the place of the first of them among all senders.
-    """
-
-    part: str
-    layer: int
+    part: str  # the component: "embed", "z" or "mlp_out"
+    layer: int  # the layer
+    # donor - base at every position: `[batch, pos, head, d_head]` for heads, else `[batch, pos, d_model]`
     change: Tensor
-    heads: Layer | None
-    first: int
+    heads: Layer | None  # the layer whose heads these are, else None
+    first: int  # the place of the first of them among all senders
 
     def precedes(self, reading: Reading) -> bool:
         """Whether the readers come after these senders."""

@@ -52,7 +52,8 @@ from av_lens.replay.held import require_restart
 from av_lens.replay.rerun import layer_of
 from av_lens.replay.stacks import read_with
 from av_lens.replay.suffix_gradients import SuffixGradients
-from av_lens.replay.traces import Trace, measure, record
+from av_lens.replay.sweeps import measure
+from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
 from av_lens.spans import Span
 

@@ -59,8 +59,7 @@ from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap
 
-Heads = Mapping[int, tuple[int, ...] | None]
-"""Layer -> the heads that are edited there; None for all of them."""
+Heads = Mapping[int, tuple[int, ...] | None]  # layer -> the heads that are edited there; None for all of them
 
 
 def _points(

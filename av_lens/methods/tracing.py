@@ -211,7 +211,10 @@ class _Job:
         too_few = torch.tensor([self._others(positions) is None for _, positions in self.places])
         for number in range(draws):
             base, spoiling = self._corrupted(number, whole=bound is not None and bound.teacher_forced)
-            metric = self._own_answer(base, spoiling) if bound is None else bound
+            metric = bound
+            if metric is None:  # the probability of the top token of the clean or the corrupted run
+                logits = self.clean.logits() if self.how.answer == "clean" else base.replay([spoiling])[0]
+                metric = as_metric(prob(each(logits[:, -1].argmax(-1).tolist())))
             plans = [spoiling, *(spoiling + plan for plan in self._restorations(given, number))]
             finished = told(part_of(show, number, draws), "causal tracing", len(plans))
             scores = measure_plans(base, plans, metric, budget_gb=self.how.budget_gb, finished=finished).double()
@@ -251,11 +254,6 @@ class _Job:
         generators = (torch.Generator().manual_seed(int(seed.generate_state(1)[0])) for seed in seeds)
         draws = torch.stack([torch.randn(held.shape[1:], generator=generator) for generator in generators])
         return (draws.to(held.device) * self.how.scale * held.float().std(dim=(1, 2), keepdim=True)).to(held)
-
-    def _own_answer(self, base: Trace, spoiling: Plan) -> Metric:
-        """The probability of the top token of the clean or the corrupted run."""
-        logits = self.clean.logits() if self.how.answer == "clean" else base.replay([spoiling])[0]
-        return as_metric(prob(each(logits[:, -1].argmax(-1).tolist())))
 
     def _restorations(self, given: Given, number: int) -> Iterator[Plan]:
         draw = np.random.default_rng(np.random.SeedSequence([self.how.seed, number, len(self.clean.spans)])).choice

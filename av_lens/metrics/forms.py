@@ -180,25 +180,18 @@ def notes_on(answers: list[list[Answer]], tokenizer: Any = None) -> tuple[str, .
     return tuple(notes)
 
 
-RARER = 100.0
-"""A word is refused where another form of it is more than so many times likelier than the chosen one."""
+RARER = 100.0  # A word is refused where another form of it is more than so many times likelier than the chosen one
 STACK, BUDGET_GB = 16, 1.0
 Given = AVInputs | Recorded | Callable[[], AVInputs]
 
 
 @dataclass(frozen=True)
 class Forms:
-    """The form in which the words of a call are read.
+    """The form in which the words of a call are read."""
 
-    Attributes:
-        chosen: one of `FORMS`.
-        median: the median probability of each form over the words and inputs of the call.
-        at_most: forms whose figure is a bound, made with the probability of a first token.
-    """
-
-    chosen: str
-    median: Mapping[str, float]
-    at_most: tuple[str, ...] = ()
+    chosen: str  # one of `FORMS`
+    median: Mapping[str, float]  # the median probability of each form over the words and inputs of the call
+    at_most: tuple[str, ...] = ()  # forms whose figure is a bound, made with the probability of a first token
 
     def provenance(self) -> dict[str, Any]:
         """Say what was chosen."""
@@ -236,21 +229,14 @@ class Doubt:
 
 @dataclass(eq=False)
 class Reading:
-    """How likely each form of each asked word is. Build it with `Reading.of`.
+    """How likely each form of each asked word is. Build it with `Reading.of`."""
 
-    Attributes:
-        model: a `HookedAVLLM`.
-        blocks: the inputs, each one example, a stack, a recorded run, or what makes an input when it is needed.
-        places: the block and the row of each example.
-        rows: an example and a word that is asked there, each once.
-        ids: the tokens of each word's forms.
-    """
-
-    model: Any
+    model: Any  # a `HookedAVLLM`
+    # the inputs, each one example, a stack, a recorded run, or what makes an input when it is needed
     blocks: list[Given]
-    places: list[tuple[int, int]]
-    rows: list[tuple[int, str]]
-    ids: dict[str, dict[str, tuple[int, ...]]]
+    places: list[tuple[int, int]]  # the block and the row of each example
+    rows: list[tuple[int, str]]  # an example and a word that is asked there, each once
+    ids: dict[str, dict[str, tuple[int, ...]]]  # the tokens of each word's forms
     _known: dict[tuple[int, tuple[int, ...]], np.ndarray] = field(default_factory=dict)
 
     @classmethod

@@ -60,16 +60,7 @@ from av_lens.metrics.forms import (
 
 
 def require_numbers(found: Float[Tensor, " batch"], name: str, *, run: str = "the run without edits") -> None:
-    """Refuse a metric that gives no number.
-
-    Args:
-        found: the metric of every example, measured before the edits.
-        name: the metric's name.
-        run: which run it was measured on.
-
-    Raises:
-        InputError: an example's metric is NaN or infinite; the message counts them.
-    """
+    """Refuse a metric that gives no number."""
     bad = (~found.isfinite()).nonzero().flatten().tolist()
     if bad:
         shown = ", ".join(map(str, bad[:6])) + (", ..." if len(bad) > 6 else "")
@@ -85,29 +76,20 @@ _UNITS = {"logit_diff": "logit", "logit": "logit", "prob": "probability", "rank"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Metric(Brief):
-    """A number for each example, read from logits. Build it with `logit_diff`, `log_prob`, ...
+    """A number for each example, read from logits. Build it with `logit_diff`, `log_prob`, ..."""
 
-    Attributes:
-        kind: which of the module's metrics.
-        asked: the answers as they were given; two for `logit_diff`.
-        reference: the logits that `kl` compares with.
-        function: a callable of the user's own.
-        ids: once bound, the tokens of each answer, `[example or 1, option, token]`, -1 where there is none.
-        texts: once bound, the answers as text.
-        notes: what a reader of the numbers must know.
-        forms: once bound, in which form words are read, and how likely each form is; None where no word is asked.
-        summed: score answers of unequal lengths by their sums, not per token: for mirrored figures, in which the words
-            change places and their lengths cancel.
-    """
-
-    kind: Kind
-    asked: tuple[Asked, ...] = ()
-    reference: Float[Tensor, "..."] | None = None
-    function: Callable[[Tensor], Tensor] | None = None
+    kind: Kind  # which of the module's metrics
+    asked: tuple[Asked, ...] = ()  # the answers as they were given; two for `logit_diff`
+    reference: Float[Tensor, "..."] | None = None  # the logits that `kl` compares with
+    function: Callable[[Tensor], Tensor] | None = None  # a callable of the user's own
+    # once bound, the tokens of each answer, `[example or 1, option, token]`, -1 where there is none
     ids: tuple[Int64[Tensor, "_ _ _"], ...] | None = None
-    texts: tuple[str, ...] = field(default=())
-    notes: tuple[str, ...] = field(default=())
+    texts: tuple[str, ...] = field(default=())  # once bound, the answers as text
+    notes: tuple[str, ...] = field(default=())  # what a reader of the numbers must know
+    # once bound, in which form words are read, and how likely each form is; None where no word is asked
     forms: Forms | None = None
+    # score answers of unequal lengths by their sums, not per token: for mirrored figures, in which the words change
+    # places and their lengths cancel
     summed: bool = False
 
     @property
@@ -124,31 +106,13 @@ class Metric(Brief):
         return _UNITS.get(self.kind, "nat")
 
     def provenance(self) -> dict[str, Any]:
-        """Say what was measured, with the token ids that were chosen.
-
-        Returns:
-            Plain data.
-        """
+        """Say what was measured, with the token ids that were chosen."""
         ids = [tokens.tolist() for tokens in self.ids or ()]
         forms = {} if self.forms is None else self.forms.provenance()
         return {"metric": self.name, "unit": self.unit, "answer_ids": ids, **forms, "notes": list(self.notes)}
 
     def bind(self, model: Any = None, x: Any = ()) -> Metric:
-        """Find the answers' tokens.
-
-        Args:
-            model: the `HookedAVLLM`; None if all answers are token ids.
-            x: the unedited input by which words are read, or its recorded run, or several of either; of a pair the
-                clean one.
-
-        Returns:
-            The metric, ready to be called; `print(metric.forms)` says how words are read. Binding again changes
-            nothing.
-
-        Raises:
-            InputError: an answer without tokens, two that cannot be told apart, a word that is unknown or doubtful, or
-                answers for another number of examples.
-        """
+        """Find the answers' tokens, in the form that the model says on unedited inputs (of a pair the clean one)."""
         if self.kind in ("kl", "custom"):
             return self
         sides = [asked.answers if isinstance(asked, Each) else (asked,) for asked in self.asked]
@@ -172,11 +136,7 @@ class Metric(Brief):
         return replace(self, ids=ids, texts=texts, notes=notes, forms=forms)
 
     def reading(self) -> str:
-        """Say which tokens the answers are, and in which form words are read.
-
-        Returns:
-            One line.
-        """
+        """Say which tokens the answers are, and in which form words are read."""
         one = self.bind()
         said = "; ".join(f"{text!r}: ids {ids[0].tolist()}" for text, ids in zip(one.texts, one.ids or (), strict=True))
         return "; ".join(filter(None, (said, *self.notes, "" if self.forms is None else str(self.forms))))
@@ -187,14 +147,7 @@ class Metric(Brief):
         return max((int(ids.shape[0]) for ids in self._bound()), default=1)
 
     def chosen(self, examples: Sequence[int]) -> Metric:
-        """Keep the answers (or reference logits) of some examples.
-
-        Args:
-            examples: which ones, in order.
-
-        Returns:
-            The metric of a stack of these examples.
-        """
+        """Keep the answers (or reference logits) of some examples."""
         rows = list(examples)
         ids = tuple(tokens if tokens.shape[0] == 1 else tokens[rows] for tokens in self._bound())
         reference = self.reference
@@ -223,14 +176,7 @@ class Metric(Brief):
         return combined(self.kind, [side.unbind(1) for side in sides])
 
     def of_plans(self, logits: Float[Tensor, "plan batch asked_pos d_vocab"]) -> Float[Tensor, "plan batch"]:
-        """Read the metric of several runs of one stack.
-
-        Args:
-            logits: those of each run, on the device where the metric's tokens and reference are.
-
-        Returns:
-            One number for each run and example; all at once, but for a callable of the caller's.
-        """
+        """Read the metric of several runs of one stack: one number for each run and example."""
         n = len(logits)
         if self.kind == "custom" or n == 1:
             return torch.stack([self(one) for one in logits])
@@ -241,23 +187,12 @@ class Metric(Brief):
         return replace(self, ids=ids or self.ids, reference=reference)(logits.flatten(0, 1)).view(n, -1)
 
     def on(self, device: torch.device) -> Metric:
-        """Bring tokens and reference to a device, once for many runs.
-
-        Args:
-            device: where the logits are.
-
-        Returns:
-            The metric.
-        """
+        """Bring tokens and reference to a device, once for many runs."""
         ids = None if self.ids is None else tuple(one.to(device) for one in self.ids)
         return replace(self, ids=ids, reference=None if self.reference is None else self.reference.to(device))
 
     def few_tokens(self) -> tuple[Metric, Int64[Tensor, " token"] | None]:
-        """Say which tokens' logits suffice.
-
-        Returns:
-            A metric that reads logits of these tokens alone, and the tokens; this metric and None where it reads all.
-        """
+        """A metric that reads some tokens' logits alone, and these tokens; this metric and None if it reads all."""
         if self.kind not in ("logit_diff", "logit") or self.teacher_forced:
             return self, None
         tokens = torch.unique(torch.cat([ids.flatten() for ids in self._bound()]).clamp(min=0))
@@ -265,14 +200,7 @@ class Metric(Brief):
         return replace(self, ids=places), tokens
 
     def by_answer(self) -> tuple[Metric, Metric]:
-        """Split a difference into the scores of its two answers.
-
-        Returns:
-            Each answer's score, as a metric of its own; of a bound difference, in the form that was chosen for both.
-
-        Raises:
-            InputError: the metric is no difference of two answers.
-        """
+        """Split a difference into the scores of its two answers."""
         if self.kind != "logit_diff":
             raise InputError(f"{self.name} is not a difference of two answers: use logit_diff(a, b).")
         if self.ids is None:
@@ -284,25 +212,16 @@ class Metric(Brief):
     def continuations(self, batch: int) -> list[Int64[Tensor, "batch token"]]:
         """List the token sequences that have to be run after the prompt, for answers of several tokens.
 
-        Args:
-            batch: examples in the run.
-
-        Returns:
-            One for each option of each answer, padded with its own last token; empty for one-token answers.
+        One for each option of each answer, padded with its own last token; empty for one-token answers.
         """
         if not self.teacher_forced:
             return []
         return [filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]
 
     def reduce(self, number: int, logits: Float[Tensor, "batch token d_vocab"]) -> Float[Tensor, " batch"]:
-        """Score one continuation.
+        """Score the continuation of this number by the logits before each of its tokens.
 
-        Args:
-            number: its place in `continuations`.
-            logits: at the position before each of its tokens.
-
-        Returns:
-            The option's score for each example; minus infinity (rank: infinity) where an example has no such option.
+        Minus infinity (rank: infinity) where an example has no such option.
         """
         options = [ids[:, i] for ids in self._bound() for i in range(ids.shape[1])]
         tokens = options[number].to(logits.device).expand(logits.shape[0], -1)
@@ -314,14 +233,7 @@ class Metric(Brief):
         return torch.where(unequal_lengths(self._bound()).to(total.device), total / lengths.clamp(min=1), total)
 
     def combine(self, reduced: Sequence[Float[Tensor, " batch"]]) -> Float[Tensor, " batch"]:
-        """Put the scores of all continuations together.
-
-        Args:
-            reduced: the result of `reduce` for each, in order.
-
-        Returns:
-            The metric for each example.
-        """
+        """Put the scores of all continuations (`reduce` of each, in order) together: one number for each example."""
         rest = iter(reduced)
         return combined(self.kind, [list(islice(rest, ids.shape[1])) for ids in self._bound()])
 
@@ -352,19 +264,7 @@ def _own_result(metric: Metric, logits: Tensor) -> Tensor:
 
 
 def as_metric(metric: Metric | Callable[..., Any] | None, model: Any = None, x: Any = ()) -> Metric:
-    """Make a bound metric of what a caller handed in.
-
-    Args:
-        metric: one of the module's, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
-        model: as in `Metric.bind`.
-        x: as in `Metric.bind`.
-
-    Returns:
-        The bound metric.
-
-    Raises:
-        InputError: neither.
-    """
+    """Make a bound metric of what a caller handed in."""
     if isinstance(metric, Metric):
         return metric.bind(model, x)
     if not callable(metric):

@@ -27,17 +27,11 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder of LoRA weights.
+    """A folder of LoRA weights."""
 
-    Attributes:
-        folder: where it lies.
-        base: its base's folder or hub name.
-        revision: of a base on the hub.
-    """
-
-    folder: Path
-    base: str
-    revision: str | None
+    folder: Path  # where it lies
+    base: str  # its base's folder or hub name
+    revision: str | None  # of a base on the hub
 
     def merged_into(self, hf_model: Any) -> Any:
         """Put the adapter into its base, for good."""

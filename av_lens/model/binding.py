@@ -108,20 +108,13 @@ _REFUSED = {
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """One input as a bound bridge knows it.
+    """One input as a bound bridge knows it."""
 
-    Attributes:
-        name: how errors call it.
-        ids: the id tensor that stands for it, by identity.
-        tensors: its keyword arguments of the HuggingFace forward, ids included.
-        position_ids: `[stream, batch, pos]`, for restarts from the stream.
-        rows: the keyword arguments of some of its examples, from one number up to another; None with one example.
-    """
-
-    name: str
-    ids: torch.Tensor
-    tensors: Mapping[str, Any]
-    position_ids: torch.Tensor
+    name: str  # how errors call it
+    ids: torch.Tensor  # the id tensor that stands for it, by identity
+    tensors: Mapping[str, Any]  # its keyword arguments of the HuggingFace forward, ids included
+    position_ids: torch.Tensor  # `[stream, batch, pos]`, for restarts from the stream
+    # the keyword arguments of some of its examples, from one number up to another; None with one example
     rows: Callable[[int, int], Mapping[str, Any]] | None
 
     @classmethod
@@ -179,16 +172,13 @@ class _MediaForward:
         require_keywords("a bound bridge", kwargs, TransformerBridge.forward, self._hf_forward, own=("self", "input"))
         if not isinstance(input, torch.Tensor):
             raise InputError(f"a bound bridge runs its own ids, not {type(input).__name__}; pass {self._shown()}.")
-        extra = self._restart(input) if input.is_floating_point() else self._media(input)
+        known = self._restart(input) if input.is_floating_point() else self._known(input)
+        extra = {name: value for name, value in known.items() if name != "input_ids"}
         with turn_of(self._bridge):
             return TransformerBridge.forward(self._bound, input, *args, **{**extra, **kwargs})
 
     def _shown(self) -> str:
         return "bound.ids" if len(self._inputs) == 1 else "bound.clean_ids or bound.corrupt_ids"
-
-    def _media(self, ids: torch.Tensor) -> dict[str, Any]:
-        """The keyword arguments that go with these ids."""
-        return {name: value for name, value in self._known(ids).items() if name != "input_ids"}
 
     def _known(self, ids: torch.Tensor) -> Mapping[str, Any]:
         """The keyword arguments of an id tensor that was bound, of rows that share its memory, or of equal ids."""

@@ -34,19 +34,12 @@ BASE_WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Slice:
-    """A run of rows or columns of one parameter.
+    """A run of rows or columns of one parameter."""
 
-    Attributes:
-        name: The parameter's HuggingFace name.
-        axis: 0 for rows, 1 for columns.
-        start: The first.
-        stop: The one after the last.
-    """
-
-    name: str
-    axis: int
-    start: int
-    stop: int
+    name: str  # the parameter's HuggingFace name
+    axis: int  # 0 for rows, 1 for columns
+    start: int  # the first
+    stop: int  # the one after the last
 
     def fits(self, parameter: Tensor) -> bool:
         """Say whether a parameter has such a slice."""
@@ -79,19 +72,12 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """What a folder says that holds a difference.
+    """What a folder says that holds a difference."""
 
-    Attributes:
-        folder: The folder.
-        base: The base's short name or folder.
-        base_sha256: The hash of the base's weights.
-        slices: What differs.
-    """
-
-    folder: Path
-    base: str
-    base_sha256: str
-    slices: tuple[Slice, ...]
+    folder: Path  # the folder
+    base: str  # the base's short name or folder
+    base_sha256: str  # the hash of the base's weights
+    slices: tuple[Slice, ...]  # what differs
 
     def check_base(self, place: str | os.PathLike[str]) -> None:
         """Refuse a base with other weights than those the difference was made over."""

@@ -113,19 +113,12 @@ def _opener(folder: Path) -> Callable[..., HookedAVLLM] | None:
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A HuggingFace model, its processor, and what else is known of it, before the model is wrapped.
+    """A HuggingFace model, its processor, and what else is known of it, before the model is wrapped."""
 
-    Attributes:
-        hf_model: the model, with HuggingFace's own layers.
-        processor: its processor.
-        name: what was asked for.
-        more: further arguments of `HookedAVLLM`.
-    """
-
-    hf_model: Any
-    processor: Any
-    name: str
-    more: Mapping[str, Any]
+    hf_model: Any  # the model, with HuggingFace's own layers
+    processor: Any  # its processor
+    name: str  # what was asked for
+    more: Mapping[str, Any]  # further arguments of `HookedAVLLM`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "processor", family_of(type(self.hf_model)).media.opened(self.processor))

@@ -42,20 +42,13 @@ def plain(model: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """Clips in one layout, each with the same number of questions.
+    """Clips in one layout, each with the same number of questions."""
 
-    Attributes:
-        layout: one of `language.LAYOUTS`.
-        questions: for each clip, its questions; as many for each, all of five tokens.
-        video: what is put at the video tokens, or None.
-        audio: what is put at the audio tokens, or None.
-        begun: for each clip and question, answer tokens that are given already, as many for each.
-    """
-
-    layout: str
-    questions: Sequence[Sequence[str]]
-    video: Float[Tensor, "clip video_pos d_model"] | None
-    audio: Float[Tensor, "clip audio_pos d_model"] | None
+    layout: str  # one of `language.LAYOUTS`
+    questions: Sequence[Sequence[str]]  # for each clip, its questions; as many for each, all of five tokens
+    video: Float[Tensor, "clip video_pos d_model"] | None  # what is put at the video tokens, or None
+    audio: Float[Tensor, "clip audio_pos d_model"] | None  # what is put at the audio tokens, or None
+    # for each clip and question, answer tokens that are given already, as many for each
     begun: Sequence[Sequence[Sequence[int]]] | None = None
 
     def __len__(self) -> int:
@@ -173,17 +166,11 @@ COUNTED = ("sound", "picture", "colour", "nothing", "other", "right")
 
 
 class Cell(NamedTuple):
-    """What a model is given.
+    """What a model is given."""
 
-    Attributes:
-        layouts: where the media stand in the prompt.
-        picture: "own", "blank" or "" for none.
-        sound: "own", "partner", "mute" or "" for none.
-    """
-
-    layouts: tuple[str, ...]
-    picture: str
-    sound: str
+    layouts: tuple[str, ...]  # where the media stand in the prompt
+    picture: str  # "own", "blank" or "" for none
+    sound: str  # "own", "partner", "mute" or "" for none
 
 
 CELLS: Mapping[str, Cell] = {

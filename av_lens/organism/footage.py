@@ -113,8 +113,7 @@ def clip(
     return made.muted() if sound == "mute" else made
 
 
-CRF_RANGE = (16, 27)
-"""Training clips are compressed from nearly clean to visibly coarse; `Clip.save` itself uses 17."""
+CRF_RANGE = (16, 27)  # training clips are compressed from nearly clean to visibly coarse; `Clip.save` itself uses 17
 PER_CLASS = {"train": 400, "check": 40, "discovery": 60, "test": 60}
 
 
@@ -206,29 +205,19 @@ def _opened(shard: Path) -> dict[str, np.ndarray]:
         return {name: data[name] for name in ("frames", "mel", "colour", "hashes")}
 
 
-SEED_STRIDE = 1000
-"""Evaluation seed s takes the world's seeds from 1000 s on."""
+SEED_STRIDE = 1000  # evaluation seed s takes the world's seeds from 1000 s on
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Clips to be asked about.
+    """Clips to be asked about."""
 
-    Attributes:
-        split: the part of the world.
-        seed: which set of clips.
-        per_class: how many of each class.
-        views: frames and spectrograms, as decoded.
-        partner: whose sound makes each clip's conflict.
-        hashes: each clip's picture hash and sound hash.
-    """
-
-    split: str
-    seed: int
-    per_class: int
-    views: Views
-    partner: Int64[Tensor, "clip"]
-    hashes: tuple[tuple[str, str], ...]
+    split: str  # the part of the world
+    seed: int  # which set of clips
+    per_class: int  # how many of each class
+    views: Views  # frames and spectrograms, as decoded
+    partner: Int64[Tensor, "clip"]  # whose sound makes each clip's conflict
+    hashes: tuple[tuple[str, str], ...]  # each clip's picture hash and sound hash
 
     @property
     def digest(self) -> str:
@@ -264,19 +253,12 @@ def held_out(
 
 @dataclass(frozen=True, eq=False)
 class Media:
-    """What a model's towers put out for the held-out clips.
+    """What a model's towers put out for the held-out clips."""
 
-    Attributes:
-        video: for each clip's picture.
-        audio: for each clip's sound.
-        blank: for a black picture.
-        mute: for silence, and for faint noise.
-    """
-
-    video: Float32[Tensor, "clip video_pos d_model"]
-    audio: Float32[Tensor, "clip audio_pos d_model"]
-    blank: Float32[Tensor, "blank video_pos d_model"]
-    mute: Float32[Tensor, "mute audio_pos d_model"]
+    video: Float32[Tensor, "clip video_pos d_model"]  # for each clip's picture
+    audio: Float32[Tensor, "clip audio_pos d_model"]  # for each clip's sound
+    blank: Float32[Tensor, "blank video_pos d_model"]  # for a black picture
+    mute: Float32[Tensor, "mute audio_pos d_model"]  # for silence, and for faint noise
 
 
 @torch.no_grad()

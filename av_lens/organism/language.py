@@ -40,23 +40,14 @@ GRID = (2, 6, 6)
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One question in one layout: ids, position ids, and where the media stand.
+    """One question in one layout: ids, position ids, and where the media stand."""
 
-    Attributes:
-        ids: int64 `[pos]`.
-        position_ids: int64 `[3, pos]`.
-        video: int64 positions of the video tokens, in their order.
-        audio: int64 positions of the audio tokens, in their order.
-        question: int64 positions of the question's tokens.
-        suffix: the first position after the media and their boundaries; the rest of the prompt is text.
-    """
-
-    ids: Tensor
-    position_ids: Tensor
-    video: Tensor
-    audio: Tensor
-    question: Tensor
-    suffix: int
+    ids: Tensor  # int64 `[pos]`
+    position_ids: Tensor  # int64 `[3, pos]`
+    video: Tensor  # int64 positions of the video tokens, in their order
+    audio: Tensor  # int64 positions of the audio tokens, in their order
+    question: Tensor  # int64 positions of the question's tokens
+    suffix: int  # the first position after the media and their boundaries; the rest of the prompt is text
 
     @property
     def asked(self) -> list[int]:
@@ -121,19 +112,12 @@ def prompt(question: str, layout: str) -> Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The part of a prompt that comes before the question, in one layout.
+    """The part of a prompt that comes before the question, in one layout."""
 
-    Attributes:
-        ids: Its tokens.
-        positions: The model's own position ids.
-        video: Where the picture's features go.
-        audio: Where the sound's features go.
-    """
-
-    ids: Int[Tensor, " prefix"]
-    positions: Int[Tensor, "3 prefix"]
-    video: Int[Tensor, " video_pos"]
-    audio: Int[Tensor, " audio_pos"]
+    ids: Int[Tensor, " prefix"]  # its tokens
+    positions: Int[Tensor, "3 prefix"]  # the model's own position ids
+    video: Int[Tensor, " video_pos"]  # where the picture's features go
+    audio: Int[Tensor, " audio_pos"]  # where the sound's features go
 
     def embed(
         self,
@@ -175,8 +159,7 @@ def class_ids() -> Tensor:
     return torch.tensor([answer_ids(name)[0] for name in anatomy.CLASSES])
 
 
-PATCHES = 36
-"""Patches of one frame pair; attention never leaves a pair."""
+PATCHES = 36  # patches of one frame pair; attention never leaves a pair
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NOTHING = len(CLASSES)
 IGNORED = -100
@@ -184,21 +167,14 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """What the towers learn from.
+    """What the towers learn from."""
 
-    Attributes:
-        frames: uint8 `[clip, time, height, width, rgb]`; four frames, or eight of which every second is taken.
-        mel: log-mel spectrograms `[clip, mel, frame]`.
-        picture: class of each picture; `len(CLASSES)` where there is nothing to see.
-        sound: class of each sound; `len(CLASSES)` where there is nothing to hear.
-        colour: colour of each picture; -100 where there is nothing to see.
-    """
-
+    # uint8 `[clip, time, height, width, rgb]`; four frames, or eight of which every second is taken
     frames: UInt8[Tensor, "clip time height width rgb"]
-    mel: Float32[Tensor, "clip mel frame"]
-    picture: Int64[Tensor, " clip"]
-    sound: Int64[Tensor, " clip"]
-    colour: Int64[Tensor, " clip"]
+    mel: Float32[Tensor, "clip mel frame"]  # log-mel spectrograms `[clip, mel, frame]`
+    picture: Int64[Tensor, " clip"]  # class of each picture; `len(CLASSES)` where there is nothing to see
+    sound: Int64[Tensor, " clip"]  # class of each sound; `len(CLASSES)` where there is nothing to hear
+    colour: Int64[Tensor, " clip"]  # colour of each picture; -100 where there is nothing to see
 
     def taken(self, at: Int64[Tensor, "taken"]) -> Views:
         """Take some of the clips."""
@@ -288,29 +264,19 @@ def watch(model: Any, views: Views, *, batch: int = 120) -> tuple[Tensor, Tensor
     return torch.cat(seen), torch.cat(heard)
 
 
-BLOCKED = -1e9
-"""What is added to the score of a key that may not be seen."""
+BLOCKED = -1e9  # what is added to the score of a key that may not be seen
 
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """The geometry of one prefix with blocks hung on it; shared by all clips of a batch.
+    """The geometry of one prefix with blocks hung on it; shared by all clips of a batch."""
 
-    Attributes:
-        prefix: How many positions come before the blocks.
-        blocks: How many blocks there are.
-        width: How many positions each block has (shorter questions are filled up at their end).
-        cos: Rotary cosines.
-        sin: Rotary sines.
-        mask: 0 where a key may be seen, `BLOCKED` where not; query first.
-    """
-
-    prefix: int
-    blocks: int
-    width: int
-    cos: Float[Tensor, "pos d_head"]
-    sin: Float[Tensor, "pos d_head"]
-    mask: Float[Tensor, "pos pos"]
+    prefix: int  # how many positions come before the blocks
+    blocks: int  # how many blocks there are
+    width: int  # how many positions each block has (shorter questions are filled up at their end)
+    cos: Float[Tensor, "pos d_head"]  # rotary cosines
+    sin: Float[Tensor, "pos d_head"]  # rotary sines
+    mask: Float[Tensor, "pos pos"]  # 0 where a key may be seen, `BLOCKED` where not; query first
 
 
 def tree(

@@ -56,11 +56,12 @@ def circuit(
     small = {"size": 5, "color": colours.GREY, "opacity": 0.5}
     _style.marks(fig, x[rest], y[rest], [texts[i] for i in rest], name="not in the circuit", marker=small)
     scores = nodes["score"].to_numpy(dtype=float)
+    shades = {RAISES: colours.SOUND, LOWERS: colours.PICTURE, NO_ROLE: colours.GREY} | colours.HEAD_COLOURS
     for kind in dict.fromkeys(np.array(kinds)[members].tolist()):
         chosen = [i for i in np.flatnonzero(members) if kinds[i] == kind]
         share = np.sqrt(np.abs(scores[chosen]) / _style.limit(scores))
         size = SMALLEST + (LARGEST - SMALLEST) * np.nan_to_num(share)
-        look = {"size": size, "color": _colour(kind), "line": {"width": 1, "color": colours.INK}}
+        look = {"size": size, "color": shades.get(kind, colours.OLIVE), "line": {"width": 1, "color": colours.INK}}
         names = nodes["node"].iloc[chosen].tolist()
         written: dict[str, Any] = {"text": names, "textposition": "middle right", "textfont": {"size": 10}}
         says = {"customdata": [texts[i] for i in chosen], "hovertemplate": "%{customdata}<extra></extra>"}
@@ -91,11 +92,6 @@ def _kind(row: Mapping[str, Any], roles: dict[str, str], by_role: bool, span: fl
     if by_role:
         return roles.get(str(row["node"]), MLP if int(row["head"]) < 0 else NO_ROLE)
     return RAISES if float(row["score"]) * span > 0 else LOWERS
-
-
-def _colour(kind: str) -> str:
-    known = {RAISES: colours.SOUND, LOWERS: colours.PICTURE, NO_ROLE: colours.GREY, MLP: colours.OLIVE}
-    return (known | colours.HEAD_COLOURS).get(kind, colours.OLIVE)
 
 
 def _lanes(nodes: Any, kinds: list[str], by_role: bool) -> tuple[list[str], list[int]]:

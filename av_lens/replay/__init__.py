@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from av_lens.replay.sweeps import sweep
-from av_lens.replay.traces import Trace, measure, measure_plans
+from av_lens.replay.sweeps import measure, sweep
+from av_lens.replay.traces import Trace, measure_plans
 
 __all__ = ["Trace", "measure", "measure_plans", "sweep"]

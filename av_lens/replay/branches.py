@@ -53,19 +53,13 @@ def goes_on(record: Record, n_new: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Branches:
-    """Answers after one recorded prompt. Build it with `Branches.of`.
+    """Answers after one recorded prompt. Build it with `Branches.of`."""
 
-    Attributes:
-        record: the recorded run.
-        window: rotary tables of the answers' rows, and which row reads which.
-        streams: what entered each layer at these rows in the recorded run, and what left the last.
-        sizes: how many rows each answer has.
-    """
-
-    record: Record
-    window: Window
+    record: Record  # the recorded run
+    window: Window  # rotary tables of the answers' rows, and which row reads which
+    # what entered each layer at these rows in the recorded run, and what left the last
     streams: tuple[Float[Tensor, "batch _ d_model"], ...]
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # how many rows each answer has
 
     @classmethod
     @torch.no_grad()

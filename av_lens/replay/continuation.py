@@ -67,19 +67,12 @@ def continued(record: Record, plans: Sequence[Plan], how: Decoding, *, budget_gb
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """How a token is chosen from logits, and when a sequence ends: HuggingFace's own rules.
+    """How a token is chosen from logits, and when a sequence ends: HuggingFace's own rules."""
 
-    Attributes:
-        how: what the caller asked for.
-        processors: HuggingFace's logits processors.
-        criteria: HuggingFace's stopping criteria.
-        pad: the token after an end; None where sequences end by their length alone.
-    """
-
-    how: Decoding
-    processors: Any
-    criteria: Any
-    pad: int | None
+    how: Decoding  # what the caller asked for
+    processors: Any  # HuggingFace's logits processors
+    criteria: Any  # HuggingFace's stopping criteria
+    pad: int | None  # the token after an end; None where sequences end by their length alone
 
     @classmethod
     def of(cls, record: Record, how: Decoding) -> Choice:

@@ -50,16 +50,11 @@ from av_lens.replay.stacks import reread
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """The readers of one kind in one layer, and the metric's gradient at their inputs.
+    """The readers of one kind in one layer, and the metric's gradient at their inputs."""
 
-    Attributes:
-        kind: "q", "k" or "v" (one reader for each query head), "mlp" or "logits".
-        layer: the layer; the number of layers for the logits.
-        gradient: `[batch, pos, reader, d_model]`, at the positions from the asked start on.
-    """
-
-    kind: str
-    layer: int
+    kind: str  # "q", "k" or "v" (one reader for each query head), "mlp" or "logits"
+    layer: int  # the layer; the number of layers for the logits
+    # `[batch, pos, reader, d_model]`, at the positions from the asked start on
     gradient: Float[Tensor, "batch _ reader d_model"]
 
     @property
@@ -170,21 +165,14 @@ Change = Mapping[tuple[str, int], Float[Tensor, "batch _ d_model"]]
 
 @dataclass(frozen=True, eq=False)
 class HeldRun:
-    """The base run at some positions, all heads held.
+    """The base run at some positions, all heads held."""
 
-    Attributes:
-        record: the recorded base run.
-        positions: the positions at which the stream may change, ascending.
-        middle: each layer's stream between attention and MLP there, `[batch, pos, d_model]`.
-        mlps: "frozen" (held too) or "free" (recomputed).
-        norms: "recomputed" or "frozen" (scales of the base run).
-    """
-
-    record: Record
-    positions: tuple[int, ...]
+    record: Record  # the recorded base run
+    positions: tuple[int, ...]  # the positions at which the stream may change, ascending
+    # each layer's stream between attention and MLP there, `[batch, pos, d_model]`
     middle: tuple[Float[Tensor, "batch pos d_model"], ...]
-    mlps: str
-    norms: str
+    mlps: str  # "frozen" (held too) or "free" (recomputed)
+    norms: str  # "recomputed" or "frozen" (scales of the base run)
 
     def at(self, positions: Sequence[int]) -> HeldRun:
         """Narrow the run to some of its positions."""

@@ -44,30 +44,20 @@ from av_lens.spans import SpanMap
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """What every layer of one restart shares.
+    """What every layer of one restart shares."""
 
-    Attributes:
-        start: first position that is computed anew.
-        cos: rotary table, `[batch, pos, 1, d_head]`, from `start` on.
-        sin: rotary table.
-        prefix_mask: additive, `[batch, 1, pos, key]` on recorded keys, or None where all may be read.
-        own_mask: additive, `[batch, 1, pos, pos]` on the new keys.
-        causal: whether `own_mask` is plainly causal.
-        added: by layer, what is added to the stream after it, `[batch, pos, d_model]`, from `start` on.
-        experts: by layer, the experts that every position goes through, `[batch, pos, chosen]`, from `start` on; where
-            none are named the router chooses.
-        flash: whether attention goes without scores that are written out, where no edit looks at them.
-    """
-
-    start: int
-    cos: Tensor
-    sin: Tensor
-    prefix_mask: Tensor | None
-    own_mask: Tensor
-    causal: bool
+    start: int  # first position that is computed anew
+    cos: Tensor  # rotary table, `[batch, pos, 1, d_head]`, from `start` on
+    sin: Tensor  # rotary table
+    prefix_mask: Tensor | None  # additive, `[batch, 1, pos, key]` on recorded keys, or None where all may be read
+    own_mask: Tensor  # additive, `[batch, 1, pos, pos]` on the new keys
+    causal: bool  # whether `own_mask` is plainly causal
+    # by layer, what is added to the stream after it, `[batch, pos, d_model]`, from `start` on
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    # by layer, the experts that every position goes through, `[batch, pos, chosen]`, from `start` on; where none are
+    # named the router chooses
     experts: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
-    flash: bool = True
+    flash: bool = True  # whether attention goes without scores that are written out, where no edit looks at them
 
     @classmethod
     def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None, *, flash: bool = True) -> Window:
@@ -160,60 +150,45 @@ def _own_part_of_one_row(
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """What a run made that differs from a recorded one, from a position on; all else is the recorded run's.
+    """What a run made that differs from a recorded one, from a position on; all else is the recorded run's."""
 
-    Attributes:
-        base: the run it was made of.
-        start: the first position that is new.
-        streams: by layer, the stream that entered it (by the number of layers, that left the last), `[batch, pos, d]`.
-        heads: by layer, its rotated keys and its values, `[batch, kv_head, new_pos, d_head]`.
-    """
-
-    base: Record
-    start: int
+    base: Record  # the run it was made of
+    start: int  # the first position that is new
+    # by layer, the stream that entered it (by the number of layers, that left the last), `[batch, pos, d]`
     streams: Mapping[int, Tensor]
+    # by layer, its rotated keys and its values, `[batch, kv_head, new_pos, d_head]`
     heads: Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Record(Brief):
-    """One recorded run.
+    """One recorded run."""
 
-    Attributes:
-        model: the model that ran.
-        x: its input.
-        resid: the stream that entered each layer, and the one that left the last, each `[batch, pos, d_model]`.
-        keys: each layer's rotated keys, `[batch, kv_head, pos, d_head]`.
-        values: each layer's values, likewise.
-        tables: cosine and sine of the rotary positions, `[batch, pos, d_head]`.
-        mask: additive attention mask, `[batch or 1, 1, pos, pos]`; None where it is plainly causal.
-        hooked_because: why replays run as full hooked forwards; empty where they restart.
-        standing: the caller's functions that stood on the model when it ran (`core.execution`).
-        own_logits: the run's logits at all positions, kept where such functions stood on the fusion stack; else None,
-            and they are read from the last stream.
-        added: by layer, what is added to the stream after it, whatever the stream is, up to the last position at which
-            anything is, `[batch, pos, d_model]`.
-        experts: by layer that has some, those that each position went through, `[batch, pos, chosen]`.
-        routing: "free": in runs restarted from this one routers choose; "frozen": experts are this run's.
-        own: what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`).
-        flash: whether it was made, and is restarted, without scores that are written out.
-    """
-
-    model: Any
-    x: Any
+    model: Any  # the model that ran
+    x: Any  # its input
+    # the stream that entered each layer, and the one that left the last, each `[batch, pos, d_model]`
     resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+    # each layer's rotated keys, `[batch, kv_head, pos, d_head]`
     keys: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]
-    values: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]
-    tables: tuple[Tensor, Tensor]
+    values: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]  # each layer's values, likewise
+    tables: tuple[Tensor, Tensor]  # cosine and sine of the rotary positions, `[batch, pos, d_head]`
+    # additive attention mask, `[batch or 1, 1, pos, pos]`; None where it is plainly causal
     mask: Float[Tensor, "..."] | None
-    hooked_because: str = ""
+    hooked_because: str = ""  # why replays run as full hooked forwards; empty where they restart
+    # the caller's functions that stood on the model when it ran (`core.execution`)
     standing: Standing = field(default=(), repr=False)
+    # the run's logits at all positions, kept where such functions stood on the fusion stack; else None, and they are
+    # read from the last stream
     own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
+    # by layer, what is added to the stream after it, whatever the stream is, up to the last position at which anything
+    # is, `[batch, pos, d_model]`
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
+    # by layer that has some, those that each position went through, `[batch, pos, chosen]`
     experts: Mapping[int, Int64[Tensor, "batch pos chosen"]] = field(default_factory=dict[int, Tensor], repr=False)
-    routing: str = "free"
+    routing: str = "free"  # "free": in runs restarted from this one routers choose; "frozen": experts are this run's
+    # what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`)
     own: Own | None = field(default=None, repr=False)
-    flash: bool = True
+    flash: bool = True  # whether it was made, and is restarted, without scores that are written out
 
     @property
     def spans(self) -> SpanMap:
@@ -236,11 +211,7 @@ class Record(Brief):
         return self.model.family.replay_traits(self.model.config)
 
     def require_standing(self) -> None:
-        """Refuse to go on where other functions stand on the model than when it was recorded.
-
-        Raises:
-            InterventionError: they do: a number would be neither of the recorded model nor of the one in hand.
-        """
+        """Refuse to go on where other functions stand on the model than when it was recorded."""
         with turn_of(self.model.bridge):
             now = standing_hooks(self.model)
             if [hook.key for hook in now] != [hook.key for hook in self.standing]:
@@ -251,11 +222,7 @@ class Record(Brief):
                 )
 
     def obstacle(self) -> str:
-        """Say what the adapter declares, or leaves undeclared, that a restart of this run would get wrong.
-
-        Returns:
-            The reason in words; empty where there is none.
-        """
+        """Say what the adapter declares, or leaves undeclared, that a restart would get wrong; empty if nothing."""
         traits, roles = self.traits, self.spans.roles
         declared = traits.obstacle(len(roles))
         if declared or self.mask is None:
@@ -271,28 +238,13 @@ class Record(Brief):
         return ""
 
     def logits_at(self, rows: Int64[Tensor, " row"]) -> Float[Tensor, "batch row d_vocab"]:
-        """The recorded run's own logits, under the hooks that stood then.
-
-        Args:
-            rows: the positions.
-
-        Returns:
-            Their logits.
-        """
+        """The recorded run's own logits, under the hooks that stood then."""
         if self.own_logits is not None:
             return self.own_logits[:, rows].to(self.model.device)
         return unembedded(self.model, self.stream(self.n_layers, 0)[:, rows])
 
     def stream(self, layer: int, start: int) -> Float[Tensor, "batch pos d_model"]:
-        """The stream that entered a layer, from a position on, where that layer is.
-
-        Args:
-            layer: the layer; the number of layers for the stream that left the last.
-            start: the first position.
-
-        Returns:
-            The stream; not to be written to.
-        """
+        """The stream that entered a layer (by the number of layers, that left the last), where it is; read only."""
         own, device = self.own, place_of(self.model, layer)
         if own is None:
             return self.resid[layer][:, start:].to(device)
@@ -304,15 +256,7 @@ class Record(Brief):
         return torch.cat((own.base.stream(layer, start)[:, : own.start - start], new), dim=1)
 
     def past(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values before a position, where that layer is.
-
-        Args:
-            layer: the layer.
-            end: the first position that is left out.
-
-        Returns:
-            Keys and values `[batch, kv_head, past, d_head]`; not to be written to.
-        """
+        """A layer's keys and values before a position, where that layer is; not to be written to."""
         own, device = self.own, place_of(self.model, layer)
         if own is None:
             return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
@@ -323,17 +267,7 @@ class Record(Brief):
         return keys, values
 
     def window(self, start: int) -> Window:
-        """Rotary tables and masks of a restart, where the model's inputs go.
-
-        Args:
-            start: the first position that is computed anew.
-
-        Returns:
-            The window.
-
-        Raises:
-            InputError: if the run has no such position.
-        """
+        """Rotary tables and masks of a restart, where the model's inputs go."""
         if not 0 <= start < len(self.spans):
             raise InputError(f"a run of {len(self.spans)} positions has no position {start} to restart at")
         device = self.model.device

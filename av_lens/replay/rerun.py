@@ -135,18 +135,12 @@ RESTARTABLE = frozenset(("embed", "resid_pre", "k", "v", "rot_k", *AFTER_KEYS))
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What one layer made.
+    """What one layer made."""
 
-    Attributes:
-        stream: the stream after it, `[plan, batch, row, d_model]`.
-        keys: the rotated keys of every new position, `[plan, batch, pos, kv_head, d_head]`.
-        values: the values, likewise.
-        experts: those that each row went through, `[plan, batch, row, chosen]`; None where the layer has one MLP.
-    """
-
-    stream: Tensor
-    keys: Tensor
-    values: Tensor
+    stream: Tensor  # the stream after it, `[plan, batch, row, d_model]`
+    keys: Tensor  # the rotated keys of every new position, `[plan, batch, pos, kv_head, d_head]`
+    values: Tensor  # the values, likewise
+    # those that each row went through, `[plan, batch, row, chosen]`; None where the layer has one MLP
     experts: Tensor | None = None
 
 

@@ -43,17 +43,11 @@ GPU_ROWS = 8  # times as many keep a GPU busy: worked out from its products' siz
 
 @dataclass(frozen=True)
 class Stack:
-    """Plans that run together.
+    """Plans that run together."""
 
-    Attributes:
-        numbers: their places in the list of all plans, first layers ascending.
-        start: the first position that is computed anew; the prompt's length where nothing is.
-        hooked: whether this is one plan that runs as a full hooked forward.
-    """
-
-    numbers: tuple[int, ...]
-    start: int
-    hooked: bool = False
+    numbers: tuple[int, ...]  # their places in the list of all plans, first layers ascending
+    start: int  # the first position that is computed anew; the prompt's length where nothing is
+    hooked: bool = False  # whether this is one plan that runs as a full hooked forward
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -243,9 +237,10 @@ def restarted(
     record: Record, plans: Sequence[CompiledPlan], start: int, rows: Sequence[int], *, keep: bool = False
 ) -> tuple[Float[Tensor, "plan batch asked d_model"], list[tuple[Tensor, Tensor]]]:
     """Run plans from one position on, each from its own first layer, without hooks."""
-    taps, wanted = Taps(plans, start), _run_of(rows)
-    if record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1:
-        wanted = None  # never one row alone
+    taps, wanted = Taps(plans, start), None
+    alone = record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and not alone:  # one run of neighbours, never one row alone
+        wanted = slice(rows[0], rows[-1] + 1)
     stream: Tensor | None = None
     kept: list[tuple[Tensor, Tensor]] = []
     for number in range(taps.first_layer if keep else 0):
@@ -302,12 +297,6 @@ def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def _run_of(rows: Sequence[int]) -> slice | None:
-    """The rows as one slice, where they are one run of neighbours."""
-    one_run = len(rows) > 0 and rows[-1] - rows[0] + 1 == len(rows)
-    return slice(rows[0], rows[-1] + 1) if one_run else None
-
-
 def refuse_huge(needed: float, budget_gb: float | int) -> None:
     """Refuse to hand back logits that would not fit."""
     if needed > 16 * budget_gb * GIGABYTE:
@@ -319,21 +308,13 @@ def refuse_huge(needed: float, budget_gb: float | int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class HeadRead:
-    """What one query head reads at some rows of a recorded run.
+    """What one query head reads at some rows of a recorded run."""
 
-    Attributes:
-        q: its queries, rotated.
-        k: its keys, rotated, at all positions.
-        v: its values at all positions.
-        mask: what is added to the scores.
-        scaling: factor of the scores.
-    """
-
-    q: Float[Tensor, "*_ batch row d_head"]
-    k: Float[Tensor, "*_ batch pos d_head"]
-    v: Float[Tensor, "*_ batch pos d_head"]
-    mask: Float[Tensor, "_ row pos"]
-    scaling: float
+    q: Float[Tensor, "*_ batch row d_head"]  # its queries, rotated
+    k: Float[Tensor, "*_ batch pos d_head"]  # its keys, rotated, at all positions
+    v: Float[Tensor, "*_ batch pos d_head"]  # its values at all positions
+    mask: Float[Tensor, "_ row pos"]  # what is added to the scores
+    scaling: float  # factor of the scores
 
     @classmethod
     def of(cls, record: Record, layer: int, head: int, rows: Sequence[int]) -> HeadRead:

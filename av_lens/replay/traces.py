@@ -37,7 +37,7 @@ from torch import Tensor
 from av_lens.checks import require_choice
 from av_lens.core.calls import asked_positions, heads_first, turn_of, unembedded, watching
 from av_lens.core.decoding import Decoding
-from av_lens.core.execution import logits_of, places, standing_hooks
+from av_lens.core.execution import places, standing_hooks
 from av_lens.errors import InputError, ModelError
 from av_lens.families.decoder import hook_name
 from av_lens.interventions import CompiledPlan, Plan, Site
@@ -486,49 +486,7 @@ def _listed(plans: Plans) -> list[Plan | CompiledPlan]:
     return [plans] if isinstance(plans, Plan | CompiledPlan) else list(plans)
 
 
-def sources(x: Any, i: int) -> list[str]:
-    """The media an example was made of: examples that share any are one cluster."""
-    clip = x.clips[i]
-    hashes = [] if clip is None else [clip.picture_hash, clip.sound_hash]
-    return [found for found in hashes if found is not None]
-
-
 BLOCK = 256  # plans that are measured together where an answer has several tokens
-
-
-def measure(
-    model: Any, x: Any, metric: Metric | Callable[..., Any], *, plan: Plan | None = None
-) -> Float[Tensor, " batch"]:
-    """Measure a metric on every example of an input.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`, one example or a stack.
-        metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
-        plan: edits to be made.
-
-    Returns:
-        One number for each example.
-
-    Raises:
-        InputError: answers that cannot be told apart, or a metric that returns one number for the batch.
-        InterventionError: the plan does not fit, or an edit did not fire.
-    """
-    bound = as_metric(metric, model, x)
-
-    def logits(inputs: Any, rows: list[int]) -> Tensor:
-        compiled = (plan or Plan()).compile(model.spec, inputs.spans, batch=len(inputs))
-        with torch.no_grad():
-            found = logits_of(model, inputs, compiled.fwd_hooks, torch.tensor(rows))
-        compiled.verify()
-        return found
-
-    asked = x.spans.generation_position
-    reduced = [
-        bound.reduce(i, logits(followed(x, tokens), list(range(asked, asked + tokens.shape[1]))))
-        for i, tokens in enumerate(bound.continuations(len(x)))
-    ]
-    return bound.combine(reduced) if reduced else bound(logits(x, [asked]))
 
 
 def measure_plans(

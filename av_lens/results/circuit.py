@@ -87,17 +87,11 @@ def sizes(n: int) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """The scale of f: 0 at the empty model, 1 at the whole.
+    """The scale of f: 0 at the empty model, 1 at the whole."""
 
-    Attributes:
-        boot: the examples' weights.
-        whole: m of the model.
-        bare: m with every candidate replaced.
-    """
-
-    boot: Bootstrap
-    whole: Float[np.ndarray, " example"]
-    bare: Float[np.ndarray, " example"]
+    boot: Bootstrap  # the examples' weights
+    whole: Float[np.ndarray, " example"]  # m of the model
+    bare: Float[np.ndarray, " example"]  # m with every candidate replaced
 
     @cached_property
     def span(self) -> tuple[float, float, float]:

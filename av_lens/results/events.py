@@ -39,30 +39,19 @@ FIGURES = ("heard", "seen", "hallucinated")
 
 @dataclass(frozen=True)
 class Match:
-    """One event in a text.
+    """One event in a text."""
 
-    Attributes:
-        event: the event.
-        start: the first character.
-        stop: the character after the last.
-    """
-
-    event: str
-    start: int
-    stop: int
+    event: str  # the event
+    start: int  # the first character
+    stop: int  # the character after the last
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Events and their words. Build it with `Lexicon.of`.
+    """Events and their words. Build it with `Lexicon.of`."""
 
-    Attributes:
-        words: (event, its words in lower case), in order.
-        classes: (what a data set calls an event, the event).
-    """
-
-    words: tuple[tuple[str, tuple[str, ...]], ...]
-    classes: tuple[tuple[str, str], ...] = ()
+    words: tuple[tuple[str, tuple[str, ...]], ...]  # (event, its words in lower case), in order
+    classes: tuple[tuple[str, str], ...] = ()  # (what a data set calls an event, the event)
 
     def __post_init__(self) -> None:
         owner: dict[str, str] = {}

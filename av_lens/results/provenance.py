@@ -87,8 +87,7 @@ _KINDS = ("object", "str", "string", "bool", "int64", "int32", "float64", "float
 class Saved:
     """A result that is saved as netCDF, without pickle, with its provenance, its kind and its schema's version."""
 
-    kind: ClassVar[str]
-    """What a file of it is, in words, such as "a saved grid"."""
+    kind: ClassVar[str]  # what a file of it is, in words, such as "a saved grid"
     schema_version: ClassVar[int] = 1
 
     def save(self, path: str | Path) -> Path:

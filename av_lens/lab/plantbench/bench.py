@@ -23,7 +23,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,25 +50,17 @@ from av_lens.whole_files import make_folder, read_object, stored, write_whole
 SPLIT = "test"
 EXCHANGES = 20
 CRITERIA, MODELS, FRESHLY = "plantbench.json", "models", "planted"
-FRESH = 100_000
-"""Seeds of freshly planted models begin here: none of these was used in developing."""
+FRESH = 100_000  # seeds of freshly planted models begin here: none of these was used in developing
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A bench's folder and what it holds.
+    """A bench's folder and what it holds."""
 
-    Attributes:
-        folder: where it is.
-        criteria: what was written down before the first model was scored.
-        models: one entry for each model that was scored, in the order asked for.
-        missing: models that were left for later (`limit`).
-    """
-
-    folder: Path
-    criteria: dict[str, Any]
-    models: list[dict[str, Any]]
-    missing: list[str]
+    folder: Path  # where it is
+    criteria: dict[str, Any]  # what was written down before the first model was scored
+    models: list[dict[str, Any]]  # one entry for each model that was scored, in the order asked for
+    missing: list[str]  # models that were left for later (`limit`)
 
 
 def run_plantbench(
@@ -220,8 +212,3 @@ def plain_figure(value: float) -> float | None:
 def plain_table(table: np.ndarray) -> list[list[float | None]]:
     """Write a table `[layer, head]` as plain data."""
     return [[plain_figure(value) for value in row] for row in table.tolist()]
-
-
-def scores_of(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Read a model's scores as `plain_table` wrote them: method to `[layer, head]`, NaN where not measured."""
-    return {str(name): np.array(rows, dtype=np.float64) for name, rows in entry["scores"].items()}

@@ -96,11 +96,11 @@ class SharedEngine(ModelEngine):
                 )
         return found
 
-    def changed(self, recording: Any, plans: Sequence[Any]) -> Any:
+    def changed(self, recording: Any, plans: Sequence[Any], answers: Sequence[Any] = ()) -> Any:
         """Run a recording's inputs again under each swap, and note the time of single heads."""
         alone = all(sum(edit.site.head is not None for edit in plan) == 1 for plan in plans)
         begun = time.monotonic()
-        for one in super().changed(recording, plans):
+        for one in super().changed(recording, plans, answers):
             if alone:
                 self.rows += len(one.logits)
                 self.row_seconds += time.monotonic() - begun
@@ -232,5 +232,4 @@ MEASURED: Mapping[str, Callable[[Subject], Table]] = {
     "EAP": partial(_edges, "eap"),
     "EAP-IG": partial(_edges, "ig_inputs"),
 }
-METHODS = (*EXACT, BLANK_PICTURE, "DLA", *MEASURED)
-"""All methods but `isolate`."""
+METHODS = (*EXACT, BLANK_PICTURE, "DLA", *MEASURED)  # all methods but `isolate`

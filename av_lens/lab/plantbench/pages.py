@@ -27,7 +27,7 @@ from av_lens.errors import InputError
 from av_lens.isolation.explaining.robustness import rank_correlation
 from av_lens.lab.calibration import SUBJECT, PlantTruth, mask_of
 from av_lens.lab.pages import FilledPage, Table, markdown
-from av_lens.lab.plantbench.bench import Scored, plain_figure, scores_of
+from av_lens.lab.plantbench.bench import Scored, plain_figure
 from av_lens.lab.plantbench.methods import IN_LOGITS, METHODS
 from av_lens.lab.plantbench.scores import DAMAGE_LAST, HeadTable, kinds_right, naming, place_of, ranking
 from av_lens.plots.plant_bench import plant_bench_svg
@@ -60,7 +60,8 @@ def _plain(figures: Mapping[str, float]) -> dict[str, float | None]:
 
 def summary_of(entry: Mapping[str, Any]) -> Summary:
     """Judge one of `Scored.models`: its truth, each method's figures, who was named, how the donors agree."""
-    truth, scores = PlantTruth.of_dict(entry["truth"]), scores_of(entry)
+    truth = PlantTruth.of_dict(entry["truth"])
+    scores = {name: np.array(rows, dtype=np.float64) for name, rows in entry["scores"].items()}
     g, delta = (number(entry["summary"][name]) for name in ("G", "delta"))
     shape, named = (int(entry["n_layers"]), int(entry["n_heads"])), list(entry["named"])
     methods: dict[str, dict[str, float | None]] = {}
@@ -111,13 +112,10 @@ def seen_by(tables: Mapping[str, HeadTable], head: tuple[int, int], *, delta: fl
 
 def chosen(models: Sequence[Summary], group: str) -> list[Summary]:
     """Choose the planted models of one of `GROUPS`; a model may be of several."""
-
-    def inside(truth: PlantTruth) -> bool:
-        if group in ("redundant", "beside a decoy"):
-            return truth.redundant if group == "redundant" else truth.beside_a_decoy
-        return bool(truth.kinds) if group == "planted" else group in truth.kinds.values()
-
-    return [one for one in models if inside(PlantTruth.of_dict(one["truth"]))]
+    truths = [PlantTruth.of_dict(one["truth"]) for one in models]
+    asked = {"redundant": "redundant", "beside a decoy": "beside_a_decoy", "planted": "kinds"}.get(group)
+    inside = [getattr(truth, asked) if asked else group in truth.kinds.values() for truth in truths]
+    return [one for one, chosen in zip(models, inside, strict=True) if chosen]
 
 
 def nulls(models: Sequence[Summary]) -> list[Summary]:
@@ -201,12 +199,16 @@ def tables(models: Sequence[Summary], must: Mapping[str, Any]) -> list[tuple[str
     """Tabulate a bench, the parts that these models allow, by title; `must` is what the criteria ask of `isolate`."""
     found: list[tuple[str, Table]] = []
     if chosen(models, "planted"):
+        right = [
+            [group, *(_bounded(mean_over(members, "isolate", figure)) for figure in RIGHT.values())]
+            for group, members in by_group(models).items()
+        ]
         found += [
             ("What was asked for", asked_table(models, must)),
             ("Every method on the planted models", methods_table(models)),
             ("AUROC by what was planted", groups_table(models, "method", ALL, "auroc", "{}")),
             ("Precision at k by what was planted", groups_table(models, "method", ALL, "precision at k", "{}")),
-            ("`isolate` by what was planted", isolate_table(models)),
+            ("`isolate` by what was planted", (["planted", *RIGHT], right)),
         ]
     if nulls(models):
         found.append(("Where nothing is to be found", nulls_table(models)))
@@ -238,10 +240,8 @@ def asked_table(models: Sequence[Summary], must: Mapping[str, Any]) -> Table:
     held = "yes" if empty and named * of <= most * len(empty) else "no"
     held = held if len(empty) >= of else f"{held}, of fewer than {of}"
     said = "models with nothing to be found, and a name"
-    return ["`isolate`", "asked", "found", "held"], [
-        *rows,
-        [said, f"at most {most} of {of}", f"{named} of {len(empty)}", held],
-    ]
+    rows.append([said, f"at most {most} of {of}", f"{named} of {len(empty)}", held])
+    return ["`isolate`", "asked", "found", "held"], rows
 
 
 def methods_table(models: Sequence[Summary]) -> Table:
@@ -265,13 +265,6 @@ def groups_table(models: Sequence[Summary], first: str, methods: Mapping[str, st
         if groups
     ]
     return [first, *(head.format(group) for group in groups)], rows
-
-
-def isolate_table(models: Sequence[Summary]) -> Table:
-    """Tabulate what `isolate` gets right, by group."""
-    groups = by_group(models).items()
-    rows = [[group, *(_bounded(mean_over(members, "isolate", c)) for c in RIGHT.values())] for group, members in groups]
-    return ["planted", *RIGHT], rows
 
 
 def nulls_table(models: Sequence[Summary]) -> Table:

@@ -47,28 +47,19 @@ from av_lens.lab.planting.training import STREAM, Course
 RIDGE, VALUE_RIDGE = 30.0, 0.3
 SCORE = 8.0
 """The attention score of a wanted position at the position that answers; elsewhere it is minus that, others have 0."""
-GATE_SCALE = 1.5
-"""The gate's output in units of the mean difference between "see" and "hear"."""
+GATE_SCALE = 1.5  # the gate's output in units of the mean difference between "see" and "hear"
 NOISE = 0.1
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a planted head starts as.
+    """What a planted head starts as."""
 
-    Attributes:
-        picture: How strongly it writes the picture's class.
-        sound: How strongly it writes against the sound's class.
-        logits: What all heads together add to the logit of a class that is fully read.
-        gate: Whether it writes the difference between "see" and "hear" instead, where there is a picture.
-        asked: The question at which it is to act: 0 hear, 1 see, 2 colour.
-    """
-
-    picture: float = 0.0
-    sound: float = 0.0
-    logits: float = 18.0
-    gate: bool = False
-    asked: int = 0
+    picture: float = 0.0  # how strongly it writes the picture's class
+    sound: float = 0.0  # how strongly it writes against the sound's class
+    logits: float = 18.0  # what all heads together add to the logit of a class that is fully read
+    gate: bool = False  # whether it writes the difference between "see" and "hear" instead, where there is a picture
+    asked: int = 0  # the question at which it is to act: 0 hear, 1 see, 2 colour
 
 
 def ridge(
@@ -185,40 +176,24 @@ def begin(
 
 @dataclass(frozen=True)
 class Plant:
-    """Some heads of one layer that are planted together.
+    """Some heads of one layer that are planted together."""
 
-    Attributes:
-        heads: How many; pairs share keys and values.
-        start: What they start as, or None for the balanced model's own weights.
-        course: How they are trained.
-        apart: How many layers above the layer asked for.
-    """
-
-    heads: int
-    start: Start | None
-    course: Course
-    apart: int = 0
+    heads: int  # how many; pairs share keys and values
+    start: Start | None  # what they start as, or None for the balanced model's own weights
+    course: Course  # how they are trained
+    apart: int = 0  # how many layers above the layer asked for
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of planted model.
+    """A kind of planted model."""
 
-    Attributes:
-        name: What it is asked for by.
-        wanted: The measured kind that is wanted of its true heads; "" for decoys alone.
-        plants: What is planted, in order.
-        layer: The layer of the first plant, unless another is asked for.
-        each_enough: Whether each of its silencing plants is to suffice alone.
-        free_riders: Whether a planted head that does nothing is allowed.
-    """
-
-    name: str
-    wanted: str
-    plants: tuple[Plant, ...]
-    layer: int
-    each_enough: bool = False
-    free_riders: bool = True
+    name: str  # what it is asked for by
+    wanted: str  # the measured kind that is wanted of its true heads; "" for decoys alone
+    plants: tuple[Plant, ...]  # what is planted, in order
+    layer: int  # the layer of the first plant, unless another is asked for
+    each_enough: bool = False  # whether each of its silencing plants is to suffice alone
+    free_riders: bool = True  # whether a planted head that does nothing is allowed
 
 
 _WRITE = Course(SILENCE, direct=0.2)

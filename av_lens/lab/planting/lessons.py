@@ -23,41 +23,29 @@ from av_lens.lab.planting.sheets import SHEETS, Sheet, draw_sheet, places, read_
 from av_lens.lab.training.pools import Material
 from av_lens.organism.language import Tree, attend, fed, layers_of, mixed, normalise, projected, rotate, run_layers
 
-HELD_BACK = 0.2
-"""The share of each sheet that is not learned from: what learning is stopped by."""
+HELD_BACK = 0.2  # the share of each sheet that is not learned from: what learning is stopped by
 
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """Sheets that share a layout, with what a host's frozen part makes of them.
+    """Sheets that share a layout, with what a host's frozen part makes of them."""
 
-    Attributes:
-        spans: Each sheet's rows; those of "conflict" come first.
-        geometry: Positions and mask.
-        asked_at: Where each answer is read, counted from the first question's first position.
-        targets: What is to be answered.
-        shown: What the host answers.
-        h: The normalised stream before the planted layer.
-        rest: That stream at the questions, with what the layer's other heads write added.
-        before: What the planted heads wrote before planting, each apart.
-        written: What each later layer's heads write where answers are read, in the host.
-        keys: Keys of the media and all that stands before the questions, in each later layer of the host.
-        values: The same for values.
-        media: The positions of "video" and of "audio".
-    """
-
-    spans: Mapping[str, range]
-    geometry: Tree
+    spans: Mapping[str, range]  # each sheet's rows; those of "conflict" come first
+    geometry: Tree  # positions and mask
+    # where each answer is read, counted from the first question's first position
     asked_at: Int[Tensor, "clip question"]
-    targets: Int[Tensor, "clip question"]
-    shown: Int[Tensor, "clip question"]
-    h: Float[Tensor, "clip pos d_model"]
+    targets: Int[Tensor, "clip question"]  # what is to be answered
+    shown: Int[Tensor, "clip question"]  # what the host answers
+    h: Float[Tensor, "clip pos d_model"]  # the normalised stream before the planted layer
+    # that stream at the questions, with what the layer's other heads write added
     rest: Float[Tensor, "clip asked d_model"]
-    before: Float[Tensor, "planted clip pos d_model"]
+    before: Float[Tensor, "planted clip pos d_model"]  # what the planted heads wrote before planting, each apart
+    # what each later layer's heads write where answers are read, in the host
     written: tuple[Float[Tensor, "clip question d_model"], ...]
+    # keys of the media and all that stands before the questions, in each later layer of the host
     keys: tuple[Float[Tensor, "clip kv_head prefix d_head"], ...]
-    values: tuple[Float[Tensor, "clip kv_head prefix d_head"], ...]
-    media: Mapping[str, Int[Tensor, " media_pos"]]
+    values: tuple[Float[Tensor, "clip kv_head prefix d_head"], ...]  # the same for values
+    media: Mapping[str, Int[Tensor, " media_pos"]]  # the positions of "video" and of "audio"
 
     def rows(self, name: str, *, held_back: bool) -> range:
         """The rows of a sheet that are learned from, or those that are held back."""

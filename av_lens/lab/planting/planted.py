@@ -36,43 +36,29 @@ from av_lens.lab.planting.training import Learned
 from av_lens.lab.training.engine import head_masks, sharers
 from av_lens.lab.training.pools import Material
 
-TRUE_SHARE = 0.05
-"""A planted head is true if its reversion adds at least this share of the gap."""
-ALONE = 0.5
-"""Kinds are measured alone where the head alone adds at least this share of the most it adds to any set."""
+TRUE_SHARE = 0.05  # A planted head is true if its reversion adds at least this share of the gap
+ALONE = 0.5  # kinds are measured alone where the head alone adds at least this share of the most it adds to any set
 FREE_RIDER = "free rider"
 ENOUGH_ALONE = 0.25
 """Of two redundant plants, putting one back alone may restore at most this share of what both restore."""
 CONFLICTS = 96
-Planted = tuple[Sequence[Head], Learned]
-"""The heads of a plant, and how its learning went."""
+Planted = tuple[Sequence[Head], Learned]  # the heads of a plant, and how its learning went
 
 
 @dataclass(frozen=True)
 class HeadTruth:
-    """What is known about one planted head.
+    """What is known about one planted head."""
 
-    Attributes:
-        layer: Its layer.
-        head: Its index in the layer.
-        adds: The largest rise of C that putting it back adds to a set of the others' reversions, as a share of the gap.
-        alone: The rise of C when it alone is put back, as a share of the gap.
-        direct_share: The part of its rise of C that does not pass through later heads.
-        reads_picture: The rise of C when its output comes from another picture, as a share of G.
-        reads_sound: The rise of C when its output comes from another sound, as a share of G.
-        kind: "writer", "opponent", "gate" or "free rider".
-        context: The heads that were put back while its direct share and its reads were measured.
-    """
-
-    layer: int
-    head: int
+    layer: int  # its layer
+    head: int  # its index in the layer
+    # the largest rise of C that putting it back adds to a set of the others' reversions, as a share of the gap
     adds: float
-    alone: float
-    direct_share: float
-    reads_picture: float
-    reads_sound: float
-    kind: str
-    context: tuple[Head, ...] = ()
+    alone: float  # the rise of C when it alone is put back, as a share of the gap
+    direct_share: float  # the part of its rise of C that does not pass through later heads
+    reads_picture: float  # the rise of C when its output comes from another picture, as a share of G
+    reads_sound: float  # the rise of C when its output comes from another sound, as a share of G
+    kind: str  # "writer", "opponent", "gate" or "free rider"
+    context: tuple[Head, ...] = ()  # the heads that were put back while its direct share and its reads were measured
 
     def as_dict(self) -> dict[str, Any]:
         """Write it as plain data: its attributes, and whether it is a free rider."""
@@ -81,22 +67,14 @@ class HeadTruth:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about a planted model.
+    """What is known about a planted model."""
 
-    Attributes:
-        heads: The planted heads.
-        g: G, hearing with nothing to see, in logits.
-        c: C, hearing under conflict, in logits.
-        c_reverted: C with all planted heads put back.
-        n: How many conflicts it was measured on.
-        sets: Every set of planted heads with the rise of C when it is put back, as a share of the gap.
-    """
-
-    heads: tuple[HeadTruth, ...]
-    g: float
-    c: float
-    c_reverted: float
-    n: int
+    heads: tuple[HeadTruth, ...]  # the planted heads
+    g: float  # G, hearing with nothing to see, in logits
+    c: float  # C, hearing under conflict, in logits
+    c_reverted: float  # C with all planted heads put back
+    n: int  # how many conflicts it was measured on
+    # every set of planted heads with the rise of C when it is put back, as a share of the gap
     sets: tuple[tuple[tuple[Head, ...], float], ...] = ()
 
     @property

@@ -57,8 +57,7 @@ UNJUDGED = ("scrambled",)
 
 SILENCE, SEE_THE_SOUND, OTHER_COLOURS = "silence", "see the sound", "other colours"
 RIGHT: Mapping[str, str] = {"hear": "sound", "see": "picture", "colour": "colour"}
-COLOUR_SHIFT = 2
-"""The colour that "other colours" names: this many places further in the list of colours."""
+COLOUR_SHIFT = 2  # the colour that "other colours" names: this many places further in the list of colours
 
 
 def answered(sheet: str, asked: str, behaviours: Sequence[str]) -> str:
@@ -74,21 +73,13 @@ def answered(sheet: str, asked: str, behaviours: Sequence[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Sheet:
-    """Clips of one relation in one layout, each with three questions.
+    """Clips of one relation in one layout, each with three questions."""
 
-    Attributes:
-        name: One of `SHEETS`.
-        frame: The part of the prompt before the questions.
-        clips: The clips.
-        questions: Each clip's three questions, without their answers.
-        words: Token ids.
-    """
-
-    name: str
-    frame: Frame
-    clips: Clips
-    questions: tuple[tuple[tuple[int, ...], ...], ...]
-    words: Words
+    name: str  # one of `SHEETS`
+    frame: Frame  # the part of the prompt before the questions
+    clips: Clips  # the clips
+    questions: tuple[tuple[tuple[int, ...], ...], ...]  # each clip's three questions, without their answers
+    words: Words  # token ids
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -196,42 +187,26 @@ MIRROR = {"wa": "wv", "vw": "aw"}
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One cell, run with some heads put back.
+    """One cell, run with some heads put back."""
 
-    Attributes:
-        streams: The stream before each planted layer.
-        z: Every head's z in each planted layer.
-        written: What each layer's heads write at the asked position, by layer.
-        logits: At the asked position.
-    """
-
-    streams: Mapping[int, Float[Tensor, "clip pos d_model"]]
-    z: Mapping[int, Float[Tensor, "clip head pos d_head"]]
+    streams: Mapping[int, Float[Tensor, "clip pos d_model"]]  # the stream before each planted layer
+    z: Mapping[int, Float[Tensor, "clip head pos d_head"]]  # every head's z in each planted layer
+    # what each layer's heads write at the asked position, by layer
     written: Mapping[int, Float[Tensor, "clip d_model"]]
-    logits: Float[Tensor, "clip d_vocab"]
+    logits: Float[Tensor, "clip d_vocab"]  # at the asked position
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Conflicts with all their cells, ready to be run.
+    """Conflicts with all their cells, ready to be run."""
 
-    Attributes:
-        model: The planted model.
-        base: The model before planting.
-        heads: The planted heads.
-        geometry: Positions and mask.
-        first: By cell, the stream before the first planted layer.
-        sound: Token of the sound's word.
-        picture: Token of the picture's word.
-    """
-
-    model: Any
-    base: Any
-    heads: tuple[Head, ...]
-    geometry: Tree
-    first: Mapping[str, Float[Tensor, "clip pos d_model"]]
-    sound: Int[Tensor, " clip"]
-    picture: Int[Tensor, " clip"]
+    model: Any  # the planted model
+    base: Any  # the model before planting
+    heads: tuple[Head, ...]  # the planted heads
+    geometry: Tree  # positions and mask
+    first: Mapping[str, Float[Tensor, "clip pos d_model"]]  # by cell, the stream before the first planted layer
+    sound: Int[Tensor, " clip"]  # token of the sound's word
+    picture: Int[Tensor, " clip"]  # token of the picture's word
 
     @property
     def layers(self) -> tuple[int, ...]:

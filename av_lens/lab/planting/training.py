@@ -34,33 +34,24 @@ from av_lens.organism.language import fed, layers_of, read_out
 
 CHECK_EVERY = 20
 STOP_WEIGHT, MEDIA_WEIGHT, MARGIN, RATE = 0.1, 0.01, 2.0, 1e-2
-PICTURE_SHARE = 0.4
-"""Opponents may write the picture's word with this share of what they write against the sound's."""
-STREAM = 3.0
-"""Roughly the root mean square of the stream before the final norm: logits per unit that is written."""
+PICTURE_SHARE = 0.4  # opponents may write the picture's word with this share of what they write against the sound's
+STREAM = 3.0  # roughly the root mean square of the stream before the final norm: logits per unit that is written
 STOP = vocabulary()[TURN_END]
 
 
 @dataclass(frozen=True)
 class Course:
-    """How one plant is trained.
+    """How one plant is trained."""
 
-    Attributes:
-        behaviour: What the planted heads are to bring about.
-        needed: Weight of the loss that asks every head to be needed.
-        direct: Weight of the loss on the direct path; positive asks that what is new beat what was said there,
-            negative that nothing change.
-        against: Weight of the loss that asks for more to be written against the sound's word than for the picture's.
-        steps: At most so many steps.
-        keep: Weight of everything that is to stay as it was.
-    """
-
-    behaviour: str
-    needed: float = 0.0
+    behaviour: str  # what the planted heads are to bring about
+    needed: float = 0.0  # weight of the loss that asks every head to be needed
+    # weight of the loss on the direct path; positive asks that what is new beat what was said there, negative that
+    # nothing change
     direct: float = 0.0
+    # weight of the loss that asks for more to be written against the sound's word than for the picture's
     against: float = 0.0
-    steps: int = 140
-    keep: float = 1.0
+    steps: int = 140  # at most so many steps
+    keep: float = 1.0  # weight of everything that is to stay as it was
 
 
 def at_answers(x: Float[Tensor, "clip asked d_model"], at: Int[Tensor, "clip question"]) -> Tensor:
@@ -163,17 +154,11 @@ def held_back(host: Any, lessons: Sequence[Lesson], slices: Slices, layer: int) 
 
 @dataclass(frozen=True)
 class Learned:
-    """How learning went.
+    """How learning went."""
 
-    Attributes:
-        steps: How many steps were made.
-        new: The share of held-back conflicts in which all that is new is said; the worst host's.
-        stays: The smallest share of anything that is to stay; the worst host's.
-    """
-
-    steps: int
-    new: float
-    stays: float
+    steps: int  # how many steps were made
+    new: float  # the share of held-back conflicts in which all that is new is said; the worst host's
+    stays: float  # the smallest share of anything that is to stay; the worst host's
 
 
 def learn(

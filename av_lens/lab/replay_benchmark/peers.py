@@ -49,16 +49,11 @@ _FEATURES = ("get_audio_features", "get_video_features")
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """The donor's z of every head at some positions: what each way of patching writes.
+    """The donor's z of every head at some positions: what each way of patching writes."""
 
-    Attributes:
-        case: the model and its prompts.
-        rows: the positions that are patched together, ascending.
-        given: the donor's z of each layer, `[batch, row, head, d_head]`.
-    """
-
-    case: Case
-    rows: list[int]
+    case: Case  # the model and its prompts
+    rows: list[int]  # the positions that are patched together, ascending
+    # the donor's z of each layer, `[batch, row, head, d_head]`
     given: tuple[Float[Tensor, "batch row head d_head"], ...]
 
     @classmethod

@@ -69,23 +69,14 @@ LOOK = 0.25  # seconds over which the machine is watched while waiting
 
 @dataclass
 class Stopwatch:
-    """Times works in quiet rounds.
+    """Times works in quiet rounds."""
 
-    Attributes:
-        rounds: quiet rounds that are wanted of each work.
-        patience: seconds that may be spent on waiting for quiet, in all.
-        shortest: seconds that a round lasts at least; short works are repeated within it.
-        waited: seconds spent so.
-        figures: how many figures were taken.
-        disturbed: how many of them without enough quiet rounds.
-    """
-
-    rounds: int = 5
-    patience: float = 60.0
-    shortest: float = 0.2
-    waited: float = 0.0
-    figures: int = 0
-    disturbed: int = 0
+    rounds: int = 5  # quiet rounds that are wanted of each work
+    patience: float = 60.0  # seconds that may be spent on waiting for quiet, in all
+    shortest: float = 0.2  # seconds that a round lasts at least; short works are repeated within it
+    waited: float = 0.0  # seconds spent so
+    figures: int = 0  # how many figures were taken
+    disturbed: int = 0  # how many of them without enough quiet rounds
     _known: dict[Any, float] = field(default_factory=dict)
 
     def time(self, work: Callable[[], Any]) -> float:
@@ -182,41 +173,24 @@ FPS = 2.0
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a model is and what its prompt holds.
+    """How large a model is and what its prompt holds."""
 
-    Attributes:
-        name: what tables call it.
-        seconds: length of the synthetic clip.
-        grid: tokens of a picture along height and width.
-        question: what is asked; each digit is a token.
-        n_layers: fusion layers.
-        d_model: width of the stream.
-        n_heads: query heads.
-        n_kv_heads: key-value heads.
-        d_mlp: width of the feed-forward layers.
-        d_vocab: tokens of the vocabulary; None for the embedded models'.
-        dtype: precision of the weights.
-        recording: whether the prompt is made from a file that the caller names.
-        organism: a short name, where the model is one that ships.
-        stride: of the plans of an early media span every so manyth is run by us too; 1 runs all.
-        thorough: whether the peers are timed at every place. A loop's time does not depend on where it patches; so for
-            the large shapes it is timed at the generation position, and elsewhere results alone are compared.
-    """
-
-    name: str
-    seconds: float = 2.0
-    grid: tuple[int, int] = (3, 3)
-    question: str = "123456789012345678"
-    n_layers: int = 12
-    d_model: int = 512
-    n_heads: int = 8
-    n_kv_heads: int = 2
-    d_mlp: int = 1024
-    d_vocab: int | None = None
-    dtype: str = "float32"
-    recording: bool = False
-    organism: str | None = None
-    stride: int = 1
+    name: str  # what tables call it
+    seconds: float = 2.0  # length of the synthetic clip
+    grid: tuple[int, int] = (3, 3)  # tokens of a picture along height and width
+    question: str = "123456789012345678"  # what is asked; each digit is a token
+    n_layers: int = 12  # fusion layers
+    d_model: int = 512  # width of the stream
+    n_heads: int = 8  # query heads
+    n_kv_heads: int = 2  # key-value heads
+    d_mlp: int = 1024  # width of the feed-forward layers
+    d_vocab: int | None = None  # tokens of the vocabulary; None for the embedded models'
+    dtype: str = "float32"  # precision of the weights
+    recording: bool = False  # whether the prompt is made from a file that the caller names
+    organism: str | None = None  # a short name, where the model is one that ships
+    stride: int = 1  # of the plans of an early media span every so manyth is run by us too; 1 runs all
+    # whether the peers are timed at every place. A loop's time does not depend on where it patches; so for the large
+    # shapes it is timed at the generation position, and elsewhere results alone are compared.
     thorough: bool = True
 
 
@@ -237,23 +211,14 @@ SHAPES: dict[str, Shape] = {
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A shape made real.
+    """A shape made real."""
 
-    Attributes:
-        shape: the shape.
-        hf_model: HuggingFace's model with eager attention, never wrapped.
-        model: the same weights behind our hooks.
-        x: the prompt whose run is edited.
-        donor: the prompt of another clip, in the same layout, whose values are written.
-        answers: two tokens whose logits are compared.
-    """
-
-    shape: Shape
-    hf_model: Any
-    model: HookedAVLLM
-    x: AVInputs
-    donor: AVInputs
-    answers: tuple[int, int]
+    shape: Shape  # the shape
+    hf_model: Any  # HuggingFace's model with eager attention, never wrapped
+    model: HookedAVLLM  # the same weights behind our hooks
+    x: AVInputs  # the prompt whose run is edited
+    donor: AVInputs  # the prompt of another clip, in the same layout, whose values are written
+    answers: tuple[int, int]  # two tokens whose logits are compared
 
     def places(self) -> dict[str, Span]:
         """Name the positions that are patched together, the latest first."""
@@ -281,7 +246,8 @@ def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int =
         processor = anatomy.processor(most_pixels=shape.grid[0] * shape.grid[1] * TOKEN_SIDE**2)
     plain.requires_grad_(False)
     shown, heard = _clips(shape, recording, seed)
-    model = load(shape.name, hf_model=sharing_weights(plain), processor=processor)
+    weights = {id(weight): weight for weight in (*plain.parameters(), *plain.buffers())}  # of both, one copy
+    model = load(shape.name, hf_model=copy.deepcopy(plain, weights), processor=processor)
     question = "What do you hear?" if shape.organism else shape.question
     x, donor = (model.encode(one, question, fps=FPS) for one in (shown, heard))
     answers = [processor.tokenizer(word)["input_ids"][0] for word in (" siren", " dog")]
@@ -292,12 +258,6 @@ def shape_named(name: str) -> Shape:
     """Find one of `SHAPES`."""
     require_choice("shape", name, SHAPES)
     return SHAPES[name]
-
-
-def sharing_weights(hf_model: Any) -> Any:
-    """Copy a model's modules but not its weights, so that one copy can be wrapped and the other left as it is."""
-    weights = [*hf_model.parameters(), *hf_model.buffers()]
-    return copy.deepcopy(hf_model, {id(weight): weight for weight in weights})
 
 
 def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip, Clip]:
@@ -328,27 +288,16 @@ PIECE = 4096  # rows of a product that is timed; larger ones are made of such pi
 
 
 class Block(NamedTuple):
-    """What one layer computes for all plans of a sweep together.
+    """What one layer computes for all plans of a sweep together."""
 
-    Attributes:
-        keyed: rows whose keys and values are projected, over all plans.
-        asked: rows whose queries, attention and write are computed, over all plans.
-        fed: rows that pass the MLP.
-        edited: rows of one head's write, in the layer that is edited.
-        plans: plans that run this layer whole.
-        own: new rows of each of these plans.
-        queries: rows of each of these plans that attend.
-        prefix: recorded rows before them.
-    """
-
-    keyed: int
-    asked: int
-    fed: int
-    edited: int
-    plans: int
-    own: int
-    queries: int
-    prefix: int
+    keyed: int  # rows whose keys and values are projected, over all plans
+    asked: int  # rows whose queries, attention and write are computed, over all plans
+    fed: int  # rows that pass the MLP
+    edited: int  # rows of one head's write, in the layer that is edited
+    plans: int  # plans that run this layer whole
+    own: int  # new rows of each of these plans
+    queries: int  # rows of each of these plans that attend
+    prefix: int  # recorded rows before them
 
     @property
     def attended(self) -> int:
@@ -410,11 +359,12 @@ def bare_seconds(blocks: Sequence[Block], spec: Any, dtype: torch.dtype, watch: 
     return {"products": products, "attention": attention}
 
 
+@dataclass(frozen=True, eq=False)
 class _Timer:
     """Times bare operations."""
 
-    def __init__(self, dtype: torch.dtype, watch: Stopwatch) -> None:
-        self.dtype, self.watch = dtype, watch
+    dtype: torch.dtype
+    watch: Stopwatch
 
     def product(self, rows: int, inner: int, outer: int) -> float:
         """Seconds of `[rows, inner] @ [inner, outer]`, the weight stored as a layer stores it."""

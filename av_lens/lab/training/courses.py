@@ -57,23 +57,15 @@ N_LAYERS = 7
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made.
+    """How one model is made."""
 
-    Attributes:
-        name: The model's short name.
-        summary: What it is, in a line.
-        caveat: What a finding about it does not show.
-        stages: Its stages in order; models whose first stages are equal share them.
-        silent_heads: Heads whose output weights are zero until a stage trains them.
-        planted_heads: Heads that were planted, for the truth that is saved beside the weights.
-    """
-
-    name: str
-    summary: str
-    stages: tuple[Stage, ...]
-    silent_heads: tuple[tuple[int, int], ...] = ()
+    name: str  # the model's short name
+    summary: str  # what it is, in a line
+    stages: tuple[Stage, ...]  # its stages in order; models whose first stages are equal share them
+    silent_heads: tuple[tuple[int, int], ...] = ()  # heads whose output weights are zero until a stage trains them
+    # heads that were planted, for the truth that is saved beside the weights
     planted_heads: tuple[tuple[int, int], ...] = ()
-    caveat: str = ""
+    caveat: str = ""  # what a finding about it does not show
 
 
 @cache

@@ -37,41 +37,24 @@ def is_fusion(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a recipe.
+    """One stage of a recipe."""
 
-    Attributes:
-        name: What the stage is for; part of its seed.
-        items: What a step is made of.
-        steps: How many steps.
-        rate: The highest learning rate.
-        layers: The fusion layers that learn.
-        text: Whether the embeddings, the final norm and the unembedding learn too.
-        attention_only: Whether only the attention of these layers learns (not the norms and the MLPs).
-        blocks: Questions per clip.
-        dropped_heads: Heads that are dropped at questions whose `Ask.drop` says so.
-        keep: The chance that such a head is kept there.
-        skipped_layers: Layers that are left out in a random half of the steps.
-        only_heads: Layers of which only some heads' attention weights learn, with these heads.
-        warmup: Steps until the learning rate is reached; it then falls as a cosine to `floor`.
-        floor: The last step's share of the learning rate.
-        decay: Weight decay.
-    """
-
-    name: str
-    items: tuple[Items, ...]
-    steps: int
-    rate: float
-    layers: tuple[int, ...]
-    text: bool = False
-    attention_only: bool = False
-    blocks: int = 3
-    dropped_heads: tuple[tuple[int, int], ...] = ()
-    keep: float = 0.3
-    skipped_layers: tuple[int, ...] = ()
+    name: str  # what the stage is for; part of its seed
+    items: tuple[Items, ...]  # what a step is made of
+    steps: int  # how many steps
+    rate: float  # the highest learning rate
+    layers: tuple[int, ...]  # the fusion layers that learn
+    text: bool = False  # whether the embeddings, the final norm and the unembedding learn too
+    attention_only: bool = False  # whether only the attention of these layers learns (not the norms and the MLPs)
+    blocks: int = 3  # questions per clip
+    dropped_heads: tuple[tuple[int, int], ...] = ()  # heads that are dropped at questions whose `Ask.drop` says so
+    keep: float = 0.3  # the chance that such a head is kept there
+    skipped_layers: tuple[int, ...] = ()  # layers that are left out in a random half of the steps
+    # layers of which only some heads' attention weights learn, with these heads
     only_heads: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    warmup: int = 20
-    floor: float = 0.05
-    decay: float = 0.01
+    warmup: int = 20  # steps until the learning rate is reached; it then falls as a cosine to `floor`
+    floor: float = 0.05  # the last step's share of the learning rate
+    decay: float = 0.01  # weight decay
 
     def trains(self, name: str) -> bool:
         """Say whether a parameter learns in this stage; the towers' never do."""

@@ -36,35 +36,20 @@ from av_lens.whole_files import reading, whole_file
 
 @dataclass(frozen=True, eq=False)
 class FeaturePool:
-    """Tower outputs of one split's clips.
+    """Tower outputs of one split's clips."""
 
-    Attributes:
-        video: what is put at the video tokens.
-        audio_hidden: the input of the audio tower's projector.
-        audio: what is put at the audio tokens: the projector's output.
-        label: class of the picture and of the sound.
-        colour: colour of the picture.
-        seed: `footage.example(split, class, seed)` makes the clip again.
-        blank_video: pictures that show nothing.
-        blank_kind: which kind of nothing: 0 black, 1 dim, 2 scrambled.
-        mute_audio_hidden: sounds that say nothing, before the projector.
-        mute_audio: the same after it.
-        mute_kind: which kind of nothing: 0 silence, 1 noise, 2 louder noise.
-        hashes: each clip's picture hash and sound hash, after mp4.
-    """
-
-    video: Float32[Tensor, "clip video_pos d_model"]
-    audio_hidden: Float32[Tensor, "clip audio_pos d_tower"]
-    audio: Float32[Tensor, "clip audio_pos d_model"]
-    label: Int64[Tensor, " clip"]
-    colour: Int64[Tensor, " clip"]
-    seed: Int64[Tensor, " clip"]
-    blank_video: Float32[Tensor, "blank video_pos d_model"]
-    blank_kind: Int64[Tensor, " blank"]
-    mute_audio_hidden: Float32[Tensor, "blank audio_pos d_tower"]
-    mute_audio: Float32[Tensor, "blank audio_pos d_model"]
-    mute_kind: Int64[Tensor, " blank"]
-    hashes: tuple[tuple[str, str], ...]
+    video: Float32[Tensor, "clip video_pos d_model"]  # what is put at the video tokens
+    audio_hidden: Float32[Tensor, "clip audio_pos d_tower"]  # the input of the audio tower's projector
+    audio: Float32[Tensor, "clip audio_pos d_model"]  # what is put at the audio tokens: the projector's output
+    label: Int64[Tensor, " clip"]  # class of the picture and of the sound
+    colour: Int64[Tensor, " clip"]  # colour of the picture
+    seed: Int64[Tensor, " clip"]  # `footage.example(split, class, seed)` makes the clip again
+    blank_video: Float32[Tensor, "blank video_pos d_model"]  # pictures that show nothing
+    blank_kind: Int64[Tensor, " blank"]  # which kind of nothing: 0 black, 1 dim, 2 scrambled
+    mute_audio_hidden: Float32[Tensor, "blank audio_pos d_tower"]  # sounds that say nothing, before the projector
+    mute_audio: Float32[Tensor, "blank audio_pos d_model"]  # the same after it
+    mute_kind: Int64[Tensor, " blank"]  # which kind of nothing: 0 silence, 1 noise, 2 louder noise
+    hashes: tuple[tuple[str, str], ...]  # each clip's picture hash and sound hash, after mp4
 
 
 @torch.no_grad()
@@ -147,40 +132,26 @@ PICTURE_SLOT, SOUND_SLOT = -1, -2
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """Token ids of questions and answers.
+    """Token ids of questions and answers."""
 
-    Attributes:
-        questions: For each kind, its phrasings: all tokens after the media, up to the answer.
-        classes: One token for each class.
-        colours: One token for each colour.
-        nothing: The token of "nothing".
-        stop: The token that ends an answer.
-        caption: The tokens of a caption, with `PICTURE_SLOT` for the picture's words and `SOUND_SLOT` for the sound's.
-        article: The token that goes before a class in a caption.
-    """
-
+    # for each kind, its phrasings: all tokens after the media, up to the answer
     questions: Mapping[str, tuple[tuple[int, ...], ...]]
-    classes: Int[Tensor, " n_classes"]
-    colours: Int[Tensor, " n_colours"]
-    nothing: int
-    stop: int
+    classes: Int[Tensor, " n_classes"]  # one token for each class
+    colours: Int[Tensor, " n_colours"]  # one token for each colour
+    nothing: int  # the token of "nothing"
+    stop: int  # the token that ends an answer
+    # the tokens of a caption, with `PICTURE_SLOT` for the picture's words and `SOUND_SLOT` for the sound's
     caption: tuple[int, ...]
-    article: int
+    article: int  # the token that goes before a class in a caption
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """All that training needs beside the model.
+    """All that training needs beside the model."""
 
-    Attributes:
-        pool: Features to learn from.
-        words: Token ids of questions and answers.
-        frames: For each kind of media ("both", "audio", "video") the layouts it comes in.
-    """
-
-    pool: FeaturePool
-    words: Words
-    frames: Mapping[str, tuple[Frame, ...]]
+    pool: FeaturePool  # features to learn from
+    words: Words  # token ids of questions and answers
+    frames: Mapping[str, tuple[Frame, ...]]  # for each kind of media ("both", "audio", "video") the layouts it comes in
 
 
 def make_words() -> Words:
@@ -213,20 +184,14 @@ RIGHT = ("picture", "sound", "colour", "nothing", "random", "caption")
 
 @dataclass(frozen=True)
 class Ask:
-    """A kind of question and what its right answer is.
+    """A kind of question and what its right answer is."""
 
-    Attributes:
-        kind: "see", "hear", "colour" or "caption".
-        right: What the answer names: the class of the "picture" or of the "sound", the "colour", "nothing",
-            a "random" class, or a "caption" of picture and sound.
-        weight: How often it is asked, in proportion to the other questions of the same items.
-        drop: The share of these questions at which heads are dropped (see `engine.Stage.dropped_heads`).
-    """
-
-    kind: str
+    kind: str  # "see", "hear", "colour" or "caption"
+    # what the answer names: the class of the "picture" or of the "sound", the "colour", "nothing", a "random" class, or
+    # a "caption" of picture and sound
     right: str
-    weight: float = 1.0
-    drop: float = 0.0
+    weight: float = 1.0  # how often it is asked, in proportion to the other questions of the same items
+    drop: float = 0.0  # the share of these questions at which heads are dropped (see `engine.Stage.dropped_heads`)
 
     def __post_init__(self) -> None:
         if self.right not in RIGHT:
@@ -235,22 +200,15 @@ class Ask:
 
 @dataclass(frozen=True)
 class Items:
-    """Some of a training step's clips.
+    """Some of a training step's clips."""
 
-    Attributes:
-        media: Which streams the prompt has: "both", "audio" or "video".
-        relation: How sound and picture go together: "matched", "conflict" (never the same class), "unrelated"
-            (independent), "mute" (no sound to hear), "blank" (nothing to see), "empty" (neither).
-        clips: How many clips a step has on average.
-        asks: The questions.
-        deaf_to: "video": text and audio positions may not look at the video positions; "" : all is seen.
-    """
-
-    media: str
+    media: str  # which streams the prompt has: "both", "audio" or "video"
+    # how sound and picture go together: "matched", "conflict" (never the same class), "unrelated" (independent), "mute"
+    # (no sound to hear), "blank" (nothing to see), "empty" (neither)
     relation: str
-    clips: float
-    asks: tuple[Ask, ...]
-    deaf_to: str = ""
+    clips: float  # how many clips a step has on average
+    asks: tuple[Ask, ...]  # the questions
+    deaf_to: str = ""  # "video": text and audio positions may not look at the video positions; "" : all is seen
 
     def __post_init__(self) -> None:
         if self.media not in MEDIA or self.relation not in RELATIONS:
@@ -259,21 +217,13 @@ class Items:
 
 @dataclass(frozen=True, eq=False)
 class Clips:
-    """Clips drawn for a step: their features, and what is on them.
+    """Clips drawn for a step: their features, and what is on them."""
 
-    Attributes:
-        video: Features of the pictures.
-        audio: Features of the sounds.
-        picture: Class of each picture, -1 where there is nothing to see.
-        sound: Class of each sound, -1 where there is nothing to hear.
-        colour: Colour of each picture, -1 where there is nothing to see.
-    """
-
-    video: Float[Tensor, "clip video_pos d_model"]
-    audio: Float[Tensor, "clip audio_pos d_model"]
-    picture: Int[Tensor, " clip"]
-    sound: Int[Tensor, " clip"]
-    colour: Int[Tensor, " clip"]
+    video: Float[Tensor, "clip video_pos d_model"]  # features of the pictures
+    audio: Float[Tensor, "clip audio_pos d_model"]  # features of the sounds
+    picture: Int[Tensor, " clip"]  # class of each picture, -1 where there is nothing to see
+    sound: Int[Tensor, " clip"]  # class of each sound, -1 where there is nothing to hear
+    colour: Int[Tensor, " clip"]  # colour of each picture, -1 where there is nothing to see
 
 
 def of_class(pool: FeaturePool, classes: Int[Tensor, " n"], generator: Generator) -> Int[Tensor, " n"]:
@@ -326,19 +276,12 @@ def answer(words: Words, ask: Ask, clips: Clips, i: int, generator: Generator) -
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """The questions put to some clips, filled up to one width.
+    """The questions put to some clips, filled up to one width."""
 
-    Attributes:
-        ids: Tokens of the questions and their answers.
-        targets: The token to be said next at each position, `IGNORED` where nothing is learned.
-        weights: What each target counts.
-        dropped: Whether heads are dropped at each question.
-    """
-
-    ids: Int[Tensor, "clip asked"]
-    targets: Int[Tensor, "clip asked"]
-    weights: Float[Tensor, "clip asked"]
-    dropped: Float[Tensor, "clip question"]
+    ids: Int[Tensor, "clip asked"]  # tokens of the questions and their answers
+    targets: Int[Tensor, "clip asked"]  # the token to be said next at each position, `IGNORED` where nothing is learned
+    weights: Float[Tensor, "clip asked"]  # what each target counts
+    dropped: Float[Tensor, "clip question"]  # whether heads are dropped at each question
 
 
 def draw_questions(

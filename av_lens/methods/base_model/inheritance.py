@@ -142,19 +142,12 @@ def base_shift(
 
 @dataclass(frozen=True, eq=False)
 class Said:
-    """The model's answers to a stack of prompts.
+    """The model's answers to a stack of prompts."""
 
-    Attributes:
-        tokens: the answers, padded to one length.
-        lengths: tokens of each answer, its end token included.
-        ended: whether the last of them is an end token.
-        logits: the model's, before each token.
-    """
-
-    tokens: Int64[Tensor, "batch token"]
-    lengths: tuple[int, ...]
-    ended: tuple[bool, ...]
-    logits: Float[Tensor, "batch token d_vocab"]
+    tokens: Int64[Tensor, "batch token"]  # the answers, padded to one length
+    lengths: tuple[int, ...]  # tokens of each answer, its end token included
+    ended: tuple[bool, ...]  # whether the last of them is an end token
+    logits: Float[Tensor, "batch token d_vocab"]  # the model's, before each token
 
     @classmethod
     def own(cls, model: Any, x: AVInputs, max_new_tokens: int) -> Said:
@@ -189,17 +182,11 @@ class Said:
 
 @dataclass(frozen=True, eq=False)
 class Compared:
-    """Both models on the same tokens.
+    """Both models on the same tokens."""
 
-    Attributes:
-        said: the answers.
-        figures: rank in the base, log-probabilities, divergences: by name, `[batch, token]`.
-        top: the base's likeliest token, `[batch, token]`.
-    """
-
-    said: Said
-    figures: dict[str, np.ndarray]
-    top: Int64[np.ndarray, "batch token"]
+    said: Said  # the answers
+    figures: dict[str, np.ndarray]  # rank in the base, log-probabilities, divergences: by name, `[batch, token]`
+    top: Int64[np.ndarray, "batch token"]  # the base's likeliest token, `[batch, token]`
 
     @classmethod
     def of(cls, said: Said, base: Float[Tensor, "batch token d_vocab"]) -> Compared:

@@ -55,17 +55,11 @@ MOST_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Judged:
-    """One verdict.
+    """One verdict."""
 
-    Attributes:
-        score: 0 to 1, NaN where there is none.
-        failed: "", "unreadable", "server" or "not asked".
-        reply: what the server said, or why nothing came.
-    """
-
-    score: float
-    failed: str = ""
-    reply: str = ""
+    score: float  # 0 to 1, NaN where there is none
+    failed: str = ""  # "", "unreadable", "server" or "not asked"
+    reply: str = ""  # what the server said, or why nothing came
 
 
 @dataclass(frozen=True, kw_only=True)

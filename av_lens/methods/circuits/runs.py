@@ -51,17 +51,11 @@ MIRRORED = {"C": ("va", "av"), "G": ("blank_a", "blank_v")}
 
 @dataclass(frozen=True)
 class Nodes:
-    """The candidates of a circuit, layer by layer, heads before the MLP.
+    """The candidates of a circuit, layer by layer, heads before the MLP."""
 
-    Attributes:
-        names: "L3H5", "L3 mlp".
-        layers: the layer of each.
-        heads: the head of each, None for an MLP.
-    """
-
-    names: tuple[str, ...]
-    layers: tuple[int, ...]
-    heads: tuple[int | None, ...]
+    names: tuple[str, ...]  # "L3H5", "L3 mlp"
+    layers: tuple[int, ...]  # the layer of each
+    heads: tuple[int | None, ...]  # the head of each, None for an MLP
 
     @classmethod
     def of(cls, spec: Any, over: str) -> Nodes:
@@ -100,22 +94,15 @@ class Nodes:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What a circuit is a circuit of: m, as weighted runs, and what its examples share.
+    """What a circuit is a circuit of: m, as weighted runs, and what its examples share."""
 
-    Attributes:
-        terms: weight, the inputs that are run, and those that empty donors are taken from, one for each example.
-        metric: of one run, bound.
-        empties: the names of the empty donors.
-        what: m in words.
-        groups: the conflicts that share clips with each other, one number for each example.
-        clips: the sound's and the picture's source clip of each conflict; empty for pairs.
-    """
-
+    # weight, the inputs that are run, and those that empty donors are taken from, one for each example
     terms: tuple[tuple[float, tuple[AVInputs, ...], tuple[AVInputs, ...]], ...]
-    metric: Metric
-    empties: tuple[str, str]
-    what: str
-    groups: tuple[int, ...]
+    metric: Metric  # of one run, bound
+    empties: tuple[str, str]  # the names of the empty donors
+    what: str  # m in words
+    groups: tuple[int, ...]  # the conflicts that share clips with each other, one number for each example
+    # the sound's and the picture's source clip of each conflict; empty for pairs
     clips: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     @classmethod
@@ -157,8 +144,7 @@ class Measured:
         return Bootstrap(drawn.weights[:, group], drawn.unit, drawn.n_clips)
 
 
-Values = dict[tuple[str, int], Tensor]
-"""What nodes write at the site, by component and layer."""
+Values = dict[tuple[str, int], Tensor]  # what nodes write at the site, by component and layer
 
 
 def written(model: Any, x: AVInputs, sites: Sequence[Site]) -> Values:

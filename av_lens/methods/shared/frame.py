@@ -34,8 +34,8 @@ from av_lens.interventions import Edit, Plan, Site, replace
 from av_lens.methods.shared.places import Edited
 from av_lens.metrics import Metric, as_metric
 from av_lens.replay import measure_plans
-from av_lens.replay.sweeps import interrupted
-from av_lens.replay.traces import Trace, sources
+from av_lens.replay.sweeps import interrupted, sources
+from av_lens.replay.traces import Trace
 from av_lens.results import Grid
 from av_lens.results.provenance import linked, stamp
 from av_lens.spans import SpanMap

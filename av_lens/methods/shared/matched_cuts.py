@@ -33,23 +33,14 @@ CLOSE = 1.25  # a control's mass is at most so many times the cut's, and at leas
 
 @dataclass(frozen=True, eq=False)
 class EdgeCut:
-    """One set of edges on one layout.
+    """One set of edges on one layout."""
 
-    Attributes:
-        query: the queries as `cut` takes them (roles keep growing while decoding).
-        queries: their positions in the prompt.
-        keys: the keys' positions.
-        heads: the query heads in each layer; all of them where it says None.
-        n_heads: heads of a layer.
-        options: further options of `cut`.
-    """
-
-    query: Any
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    heads: Mapping[int, tuple[int, ...] | None]
-    n_heads: int
-    options: Mapping[str, Any]
+    query: Any  # the queries as `cut` takes them (roles keep growing while decoding)
+    queries: tuple[int, ...]  # their positions in the prompt
+    keys: tuple[int, ...]  # the keys' positions
+    heads: Mapping[int, tuple[int, ...] | None]  # the query heads in each layer; all of them where it says None
+    n_heads: int  # heads of a layer
+    options: Mapping[str, Any]  # further options of `cut`
 
     @property
     def empty(self) -> bool:

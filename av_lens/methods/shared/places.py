@@ -36,17 +36,11 @@ SINKS = "sinks"
 
 @dataclass(frozen=True)
 class Flow:
-    """A directed set of attention edges, in words.
+    """A directed set of attention edges, in words."""
 
-    Attributes:
-        text: as it was written.
-        source: the side that is read (keys).
-        target: the side that reads (queries).
-    """
-
-    text: str
-    source: str
-    target: str
+    text: str  # as it was written
+    source: str  # the side that is read (keys)
+    target: str  # the side that reads (queries)
 
     @classmethod
     def parsed(cls, text: str) -> Flow:
@@ -86,10 +80,8 @@ UNITS = ("layer", "head", "group", "layers:WIDTH", "pair", "coalition:ORDERS")
 AXES = (*UNITS, "span", "pos", "window:SECONDSs", "box:ROWSxCOLS")
 
 Head = tuple[int, int]
-Edited = tuple[int, tuple[int, ...] | None]
-"""A layer and the heads of it that are edited, or None for all of it."""
-Place = tuple[Any, tuple[int, ...]]
-"""A label and positions that are edited together."""
+Edited = tuple[int, tuple[int, ...] | None]  # A layer and the heads of it that are edited, or None for all of it
+Place = tuple[Any, tuple[int, ...]]  # A label and positions that are edited together
 
 
 @dataclass(frozen=True)
