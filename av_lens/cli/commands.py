@@ -349,8 +349,8 @@ def plant(
     console.OUT.print(f"what is new: {truth['shown']:.3f}; the rest, at the least: {truth['kept']:.3f}", markup=False)
     console.say_path(written)
     if truth["missing"] or not truth["success"]:
-        said = truth["missing"] or ["it answers worse than it should: 0.75 of the new and 0.95 of the rest"]
-        console.ERR.print(f"not what was asked for: {'; '.join(said)}", soft_wrap=True, markup=False)
+        said = "; ".join(truth["missing"]) or "it answers worse than it should: 0.75 of the new and 0.95 of the rest"
+        console.ERR.print(f"not what was asked for: {said}", soft_wrap=True, markup=False)
         raise Exit(1)
 
 
@@ -374,5 +374,4 @@ def _say_found(found: Any, *tables: Any) -> None:
     for reason in (one for one in found.reasons if one not in found.verdict):
         console.OUT.print(f"  {console.cell(reason)}", soft_wrap=True)
     for table in tables or (console.behaviour_table(found), console.head_table(found)):
-        console.OUT.print()
-        console.OUT.print(table)
+        console.OUT.print("", table, sep="\n")

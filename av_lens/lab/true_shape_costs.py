@@ -120,7 +120,7 @@ def grows_with(stage: str, heads: int) -> str:
 
     `heads` are those of the model that was run; fewer are measured on confirmation: those named on discovery.
     """
-    asked = re.match(r"exact effects of (\d+) heads", stage)
+    asked = re.match(r"exact effects of (\d+) nodes", stage)
     if asked and int(asked[1]) < heads:
         return SETS
     return next((kind for begins, kind in GROWTH.items() if stage.startswith(begins)), SETS)

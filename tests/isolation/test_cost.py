@@ -43,8 +43,8 @@ def bench(model, n=8):
     return bench_of(model, fake_conflicts(n))
 
 
-def test_behaviour_is_thirteen_cells_a_conflict():
-    assert works(SIZE)["behaviour"].cells == 13 * 10
+def test_behaviour_is_fourteen_cells_a_conflict():
+    assert works(SIZE)["behaviour"].cells == 14 * 10
     assert expected(Prices(cell=2, edit=0, figure=0), SIZE).parts["behaviour"] == 260
 
 

@@ -149,7 +149,7 @@ def test_how_many_are_competent_is_counted_cell_by_cell():
 
 
 def test_a_refusal_before_the_run_is_remembered(monkeypatch):
-    monkeypatch.setattr(preparing, "family_size", lambda *_: 10**6)
+    monkeypatch.setattr(preparing, "family_size", lambda *_, **__: 10**6)
     model, options = FakeModel(), preparing.Options(("suffix",), 0.1, "report", 0, "in_video", True)
     made = preparing.prepared(model, fake_conflicts(44), options, engine=PaperEngine(model), progress=None)
     ((kind, sentence),) = made.refused

@@ -29,7 +29,7 @@ from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.naming.evidence import gather, hold, null_share
 from av_lens.isolation.naming.roles import HELD, Evidence
-from av_lens.isolation.sets.search import in_context
+from av_lens.isolation.sets.members import in_context
 from av_lens.isolation.sets.sets import BuiltSet, release_of_sets
 from av_lens.model import load
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY

@@ -176,7 +176,10 @@ def test_one_donor_alone(drawn):
     for node, ours in told.items():
         means = [float(np.mean(drawn.plain.of(f"release/{donor}", node))) for donor in RELEASES]
         assert one_donor_alone(means, g) == ours
-        assert one_donor_alone([max(means), 0.09 * g, 0.0], g) == (0.09 * g < 0.5 * max(means))
+        assert one_donor_alone([g, 0.09 * g, 0.0], g)
+        assert not one_donor_alone([g, 0.11 * g, 0.0], g)
+        assert one_donor_alone([0.1 * g, 0.04 * g, 0.0], g)
+        assert not one_donor_alone([0.1 * g, 0.06 * g, 0.0], g)
     assert not any(told[node] for node, _, _ in drawn.ours.rows)
 
 

@@ -125,7 +125,7 @@ def test_the_protocol_is_written_first_and_the_record_opens_equal(finished):
     assert again.verdict == found.verdict
     stages = [stage for stage, done, total in ticks if done == total]
     assert stages[0] == "reading every cell"
-    assert any("exact effects of 12 heads" in stage for stage in stages)
+    assert any("exact effects of 15 nodes" in stage for stage in stages)
     assert "exploratory" in found.stamps
     holm = found.heads.query("role in ('picture writer', 'sound opponent', 'gate')")["p_holm"].max()
     listed = "picture writer L2H0; sound opponent L2H1; gate L0H1"

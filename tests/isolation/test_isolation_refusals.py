@@ -200,7 +200,7 @@ class TestSection7:
             run(conflicts=[dataclasses.replace(one, sound=fake_clip("s", one.sound.answer)) for one in few])
 
     def test_no_effect_that_could_pass_is_refused_before_the_run(self, monkeypatch):
-        monkeypatch.setattr(preparing, "family_size", lambda *_: 10**6)
+        monkeypatch.setattr(preparing, "family_size", lambda *_, **__: 10**6)
         text = (
             r"^refused: 22 components on discovery are too few for 1000000 tests: no effect, however large, could pass "
             r"them\. Use more sources, or let `av-lens pairs` make disjoint conflicts"

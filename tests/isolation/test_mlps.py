@@ -56,9 +56,9 @@ def test_the_set_is_the_mlp_and_is_compared_with_mlps_and_subsets_of_heads(fed):
     (chosen,) = fed.sets[fed.sets["chosen"]].to_dict("records")
     assert chosen["members"] == "MLP 1"
     assert "the pool was widened to an MLP's subsets of one layer's heads" in chosen["flags"]
-    # Two other MLPs and, of four heads, the threes of each of three layers, which write most: 14 sets.
-    assert (chosen["random_n"], chosen["p_random"]) == (14, pytest.approx(1 / 15))
-    assert "larger than all 14 sets there are: too few to test" in chosen["flags"]
+    # Two other MLPs and all four heads of each of three layers, which write most: 5 sets.
+    assert (chosen["random_n"], chosen["p_random"]) == (5, pytest.approx(1 / 6))
+    assert "larger than all 5 sets there are: too few to test" in chosen["flags"]
     assert not chosen["confirmed"]
     assert {edit.site.component for edit in fed.plan()} == {"mlp_out"}
     assert fed.repair.query("quantity == 'C'")["after"].item() == pytest.approx(6.5, abs=0.2)

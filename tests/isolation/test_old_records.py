@@ -37,7 +37,7 @@ def test_a_record_written_before_opens_with_its_figures_and_is_saved_again_with_
     assert found.grid("release", "blank_muted")[2, 0] == pytest.approx(6, abs=0.02)
     assert found.protocol["hash"] == hash_of(found.protocol) == found.provenance["protocol_hash"]
     assert found.heads["status"].eq("").all()  # a column that came later is empty
-    assert found.heads[["release_half_dose", "write_share"]].isna().all(None)
+    assert found.heads[["release_half_dose", "write_share"]].isna().all(axis=None)
     assert not len(found.mlps)
     found.save(tmp_path)
     for path in old.glob("*.csv"):

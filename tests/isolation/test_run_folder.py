@@ -38,10 +38,11 @@ class Small(Run):
     """A run of three conflicts that needs no model."""
 
     key = clips = None
+    members = tuple(SimpleNamespace(id=one) for one in IDS)
+    halves = SimpleNamespace(half=["discovery"] * 2 + ["confirmation"])
 
     def __init__(self, store, protocol, clips):
-        self.bench, self.members = SimpleNamespace(store=store), [SimpleNamespace(id=one) for one in IDS]
-        self.halves = SimpleNamespace(half=["discovery"] * 2 + ["confirmation"])
+        self.bench = SimpleNamespace(store=store)
         self.protocol, self.key, self.clips = protocol, protocol["hash"], clips
 
 

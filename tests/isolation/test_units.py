@@ -175,7 +175,8 @@ def test_k_and_v_of_a_group_by_hooks_of_ones_own(model, conflicts):
             model.run_with_hooks(donor, fwd_hooks=[(name, keep(name)) for name in names])
             after = model.run_with_hooks(x, fwd_hooks=[(name, put(name)) for name in names])[:, -1]
             before = model(x)[:, -1]
-        changes.append(candidates.margin(candidates.scores(after) - candidates.scores(before), np.array([0])))
+        row = np.array([0])
+        changes.append(candidates.margin(candidates.scores(after, row) - candidates.scores(before, row), row))
     np.testing.assert_allclose(found, 0.5 * (changes[0] - changes[1])[0], atol=1e-5)
 
 

@@ -78,7 +78,7 @@ def test_a_card_in_short_is_read_off_the_cards():
     ]  # fmt: skip
     assert [tuple(line.values()) for line in card_lines(table("cards", rows))] == [
         (
-            "L4 H7", "video 98%", "audio 80%, header 9%", "−0.29", "2%", "29%", "61%", "–", "–",
+            "L4 H7", "video 98%", "audio 80%, header 9%", "−0.29", "2%", "29%", "–", "61%", "–", "–",
             "L6H2.q −20%, L6H3.q 7%, L5H0.q 4%",
         ),
     ]  # fmt: skip

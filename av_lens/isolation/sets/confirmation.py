@@ -34,7 +34,8 @@ from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather, hold
 from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, head_means, one_donor_alone, run_tests
 from av_lens.isolation.sets.matching import RANDOM_SETS, random_sets
-from av_lens.isolation.sets.search import InContext, SearchedSets, in_context, member_roles, member_rows, search_sets
+from av_lens.isolation.sets.members import InContext, in_context, member_roles, member_rows
+from av_lens.isolation.sets.search import SearchedSets, search_sets
 from av_lens.isolation.sets.sets import BuiltSet, SetEffect, controls, cumulative, head_names, release_of_sets
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.record import ENCODER, FEEDER, RELEASING
