@@ -77,10 +77,7 @@ class Gemma4Features(Features):
     def _sound(self, clip: Clip) -> Sound:
         waveform, rate, part = self.waveform(clip, self.most_seconds), self.rate, self.processor.feature_extractor
         if len(waveform) <= part.frame_length // 2:
-            raise InputError(
-                f"the sound lasts {len(waveform) / rate * 1000:.0f} ms: one token needs more than 10; give a longer "
-                "clip"
-            )
+            raise InputError(f"the sound lasts {len(waveform) / rate:.3f} s, and a token needs 10 ms: give a longer clip")
         made = part([waveform], return_tensors="pt")
         mel = made["input_features"][:, : int(made["input_features_mask"].sum())]
         return Sound(mel.transpose(1, 2).contiguous(), len(waveform) / rate, int(part.hop_length) / rate)
@@ -182,7 +179,6 @@ class Gemma4Media(QwenMedia):
 
 def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
     """Positions `[1, batch, pos]`, counted from 0: HuggingFace's forward does no other."""
-    del hf_model
     ids = tensors["input_ids"]
     return torch.arange(ids.shape[1], device=ids.device).expand(1, *ids.shape)
 
