@@ -21,7 +21,6 @@ of the next, and no decomposition, path or direct share is defined.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +44,7 @@ from av_lens.families.media_layout import (
     on_screen,
     sampled_frames,
 )
+from av_lens.families.one_stream import from_zero
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
 from av_lens.media.clip import Clip
@@ -177,12 +177,6 @@ class Gemma4Media(QwenMedia):
         """Positions are counted: there is nothing to derive."""
 
 
-def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
-    """Positions `[1, batch, pos]`, counted from 0: HuggingFace's forward does no other."""
-    ids = tensors["input_ids"]
-    return torch.arange(ids.shape[1], device=ids.device).expand(1, *ids.shape)
-
-
 def replay_traits(config: Any) -> ReplayTraits:
     """A restart knows none of what these layers do."""
     text = config.get_text_config()
@@ -199,7 +193,7 @@ FAMILY = Family(
     model_class=Gemma4ForConditionalGeneration,
     adapter=Gemma4Adapter,
     media=Gemma4Media,
-    position_ids=position_ids,
+    position_ids=from_zero,
     replay_traits=replay_traits,
     checkpoints="google/gemma-4-E2B-it, google/gemma-4-E4B-it, google/gemma-4-31B-it, google/gemma-4-26B-A4B-it",
     model_types=("gemma4",),

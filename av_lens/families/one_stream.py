@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -24,6 +25,13 @@ def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> Int64[Tensor, "1 
     """The positions of an input, counted from its mask."""
     del hf_model
     return counted(tensors["attention_mask"])[None]
+
+
+def from_zero(hf_model: Any, tensors: Mapping[str, Any]) -> Int64[Tensor, "1 batch pos"]:
+    """The positions of an input, counted from 0 whatever its mask: where HuggingFace's forward does no other."""
+    del hf_model
+    ids = tensors["input_ids"]
+    return torch.arange(ids.shape[1], device=ids.device).expand(1, *ids.shape).clone()
 
 
 def counted(mask: Tensor) -> Int64[Tensor, "batch pos"]:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int64
-from torch import Tensor
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from av_lens.errors import InputError
 from av_lens.families.adapter import causal_decoder, decoder_adapter
 from av_lens.families.media_layout import Media, MediaLayout
+from av_lens.families.one_stream import from_zero
 from av_lens.families.registry import Family
 from av_lens.spans import SpanMap
 
@@ -102,13 +102,7 @@ class TextMedia(MediaLayout):
         return {}
 
 
-def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> Int64[Tensor, "1 batch pos"]:
-    """Positions are counted from 0."""
-    ids = tensors["input_ids"]
-    return torch.arange(ids.shape[1], device=ids.device).expand(1, *ids.shape).clone()
-
-
-_TEXT: dict[str, Any] = {"media": TextMedia, "position_ids": position_ids, "replay_traits": causal_decoder}
+_TEXT: dict[str, Any] = {"media": TextMedia, "position_ids": from_zero, "replay_traits": causal_decoder}
 
 FAMILIES = (
     Family(
