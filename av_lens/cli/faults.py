@@ -50,7 +50,7 @@ def verdict(checks: Sequence[Sequence[Any]]) -> str:
     """How many guarantees held, which did not, and how replays run; a check is its name, state and finding."""
     states = {name: held for name, held, _ in checks if held is not None}
     failed = [name for name, held in states.items() if not held]
-    replays = next((found for name, _, found in checks if name == "replay is the hooked run"), "").rpartition("; ")[2]
+    replays = next((found for name, _, found in checks if name == "replay is the hooked run"), "").partition("; ")[2]
     said = f"{len(states) - len(failed)} of {len(states)} guarantees"
     return "; ".join([said, *(f"not: {name}" for name in failed), *([f"replay {replays}"] if replays else [])])
 

@@ -78,10 +78,8 @@ class Gemma4Features(Features):
     def _sound(self, clip: Clip) -> Sound:
         waveform, rate, part = self.waveform(clip, self.most_seconds), self.rate, self.processor.feature_extractor
         if len(waveform) <= part.frame_length // 2:
-            raise InputError(
-                f"the sound lasts {len(waveform) / rate * 1000:.0f} ms: one token needs more than 10; give a longer "
-                "clip"
-            )
+            ms = 1000 * len(waveform) / rate
+            raise InputError(f"the sound lasts {ms:.0f} ms: one token needs more than 10; give a longer clip")
         made = part([waveform], return_tensors="pt")
         mel = made["input_features"][:, : int(made["input_features_mask"].sum())]
         return Sound(mel.transpose(1, 2).contiguous(), len(waveform) / rate, int(part.hop_length) / rate)
@@ -135,15 +133,14 @@ class Gemma4Media(QwenMedia):
     def expansions(self, media: Media) -> dict[str, str]:
         """As the processor writes them: a video is its frames, each with its second and its borders."""
         made: dict[str, str] = {}
-        picture, sound = media.picture, media.sound
-        if picture is not None:
+        if (picture := media.picture) is not None:
             each = picture.n_tokens // picture.grid[0]
             seconds = [number * picture.step_s for number in range(picture.grid[0])]
             shown = SimpleNamespace(fps=1.0 / picture.step_s, timestamps=seconds)
             told = {f"num_soft_tokens_per_{picture.kind}": [each], "video_metadata": [shown]}
             token = getattr(self.processor, f"{picture.kind}_token")
             made[token] = getattr(self.processor, f"replace_{picture.kind}_token")(told, 0)
-        if sound is not None:
+        if (sound := media.sound) is not None:
             told = {"input_features_mask": [np.ones(sound.n_frames, dtype=np.int64)]}
             made[self.processor.audio_token] = self.processor.replace_audio_token(told, 0)
         return made

@@ -53,7 +53,7 @@ class TowerMemory:
         return deepcopy(kept)  # a hook may write into it, and models write into their encoders' outputs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TowerMemory:
-        """A copied encoder begins with an empty memory: its weights may be changed (`copies.in_precision`)."""
+        """A copied encoder begins with an empty memory: its weights may be changed (`modes.in_precision`)."""
         return TowerMemory(self._rows, self._most)
 
 

@@ -204,6 +204,8 @@ def test_a_verdict_says_what_failed():
         ("replay is the hooked run", True, "1; restarts"),
     ]
     assert faults.verdict(checks) == "2 of 3 guarantees; not: b; replay restarts"
+    hooked = ("replay is the hooked run", True, "40 plans; runs hooked: it norms; it has a window")
+    assert faults.verdict([hooked]) == "1 of 1 guarantees; replay runs hooked: it norms; it has a window"
 
 
 class TestTables:
