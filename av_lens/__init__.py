@@ -14,8 +14,6 @@ logits, cache = model.run_with_cache(x)
 Importing is silent and light: every name below loads the module it lives in on first use.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from av_lens import upstairs

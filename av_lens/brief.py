@@ -4,8 +4,6 @@
 "('z', 'q', 'k', ... 5 in all)"
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any

@@ -9,8 +9,6 @@ Not done: a name on the hub is looked up only when it is loaded, and so are the 
 are followed wherever they lead.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial

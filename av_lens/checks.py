@@ -5,8 +5,6 @@ elsewhere is foreign matter: `parse_json` takes what json allows and no more, `f
 files raises into one sentence about that file.
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import json

@@ -4,8 +4,6 @@ Blue is the sound and vermilion is the picture, wherever either is drawn and now
 Ito, which stay apart under every common colour blindness. `FREE` is for what has no meaning of its own.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 SOUND = "#0072B2"

@@ -1,7 +1,5 @@
 """Every error that av_lens raises on purpose: one small tree, each message saying what was asked, found and to do."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """A memory of what was computed last: the least recently used goes first when a budget is reached."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar

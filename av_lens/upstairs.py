@@ -4,8 +4,6 @@
 up here, when it is drawn.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -7,8 +7,6 @@ file as it was before. A process that is killed leaves at most the part; `sweep_
 What av_lens wrote and reads again goes through `reading`: a file of foreign bytes is one sentence too.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -3,8 +3,6 @@
 See "Bring your own in 30 lines" in the documentation.
 """
 
-from __future__ import annotations
-
 from av_lens.families.given import Given
 from av_lens.model.bringing import BroughtModel, Saved, load_text_model, wrap
 

@@ -1,7 +1,5 @@
 """What the terminal shows: progress bars, short tables, findings, positions, one clear message for an error."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ a word: so signatures, and the choices that some words have, are read from the s
 here with the live signature. A wrong letter should cost a second, not the ten of loading a model.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress

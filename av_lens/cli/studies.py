@@ -1,7 +1,5 @@
 """The commands of the studies: measurements of the program itself, which fill pages of the documentation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

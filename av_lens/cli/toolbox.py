@@ -7,8 +7,6 @@ each (`--cell`, at first `va`), or two cells as an aligned pair (`--clean`, `--c
 answer against the picture's. A flag that is left out is not passed on, so defaults are the functions' own.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

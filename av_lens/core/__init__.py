@@ -1,7 +1,5 @@
 """What runs a model: its sizes, gates, budgets and modes; running with hooks and keeping what was asked for."""
 
-from __future__ import annotations
-
 from av_lens.core.budget import Progress, watched
 from av_lens.core.execution import Run, run
 from av_lens.core.readings import read_layers

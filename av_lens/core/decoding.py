@@ -5,8 +5,6 @@ own generation routes lose the media after the first token or crash on three-str
 Greedy tokens equal HuggingFace's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

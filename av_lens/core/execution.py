@@ -18,8 +18,6 @@ functions stand in the same places in the same order, whatever they do. Not seen
 changes its mind (a counter, a factor read from outside), and modules whose class was changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ a trace is of evaluation mode and is refused in the other. Precision and place c
 was derived from them is derived anew, and traces that were recorded before are of the old weights.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Where a model's weights lie and in what form, and what of that can be opened, moved or rewritten."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

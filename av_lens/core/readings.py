@@ -14,8 +14,6 @@ and heads, is more than 10 times the mean over media positions.
 Source: Kobayashi et al. (2020) for the norm; streaming is ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable

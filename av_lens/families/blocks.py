@@ -26,8 +26,6 @@ summation can differ (float32: to the bit or 1e-6; measured in the tests). Gradi
 of keeping its pattern. Where a hook asks for all scores, the run is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar

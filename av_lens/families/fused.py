@@ -5,8 +5,6 @@ projection finds the plain modules of every other decoder. A part's product is t
 kernel sums in one order whatever the number of rows (on the CPUs tried), else to a rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

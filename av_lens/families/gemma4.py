@@ -18,8 +18,6 @@ what they made is added to all four, each scaled by its own weight, so that `res
 of the next, and no decomposition, path or direct share is defined.
 """
 
-from __future__ import annotations
-
 import re
 from types import SimpleNamespace
 from typing import Any

@@ -13,8 +13,6 @@ there is no `hook_v`. The last layers may have neither: they read those of an ea
 without a window), as it read them, cache included.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

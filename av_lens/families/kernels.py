@@ -6,8 +6,6 @@ mask. Torch says which takes what; where none does, scores are written out.
 Source: Dao, "FlashAttention-2" (2023); Rabe and Staats, "Self-attention does not need O(n^2) memory" (2021).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention

@@ -22,8 +22,6 @@ and patch each is, which position ids the model should give them, what the tenso
 examples lie in one batch.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from abc import ABC, abstractmethod

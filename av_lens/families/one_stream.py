@@ -7,8 +7,6 @@ tokens, or make a longer prompt of the one that was given, some in silence. A fa
 (`rows`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

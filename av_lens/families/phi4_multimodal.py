@@ -12,8 +12,6 @@ is no video: of a clip the frame nearest to its middle is shown.
 The checkpoint's adapters for sound and pictures (LoRA, in folders beside it) are no part of it: merge them before.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

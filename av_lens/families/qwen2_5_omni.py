@@ -4,8 +4,6 @@ The towers feed tokens that are scattered over placeholders; positions are three
 the model derives itself. Talker and vocoder speak the answer and take no part in what is fused; they are never loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

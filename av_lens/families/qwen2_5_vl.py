@@ -5,8 +5,6 @@ second apart, text after a picture resumes at the picture's first id plus the la
 video's ids overlap with those of the text that follows it), and there is no sound.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ sound's are kept, one for 4 mel frames (a convolution of stride 2, then pairs ar
 is the same whatever the padding: 30 s at most. Positions are counted, one stream, so a second has 25 ids.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

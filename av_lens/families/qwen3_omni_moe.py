@@ -6,8 +6,6 @@ features of several depths of the vision tower are added to the stream after the
 by time alone, without chunks, and its borders have ids of their own.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Float, Int64
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration

@@ -5,8 +5,6 @@ seconds>"): position ids hold rows and columns, and no time. So on the model's c
 frames do at the asked rate.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -12,8 +12,6 @@ formula has it. Text resumes after the largest id of the block's last run. Inter
 separate ones do not.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

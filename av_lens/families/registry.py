@@ -5,8 +5,6 @@ another package names in its entry points, group `av_lens.families` (each by the
 to `register_family`. A model's family is that of its class, or of the nearest class that it is derived from.
 """
 
-from __future__ import annotations
-
 import copy
 import pkgutil
 from collections.abc import Callable, Mapping

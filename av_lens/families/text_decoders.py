@@ -4,8 +4,6 @@ They take text alone, and what `av_lens.bring` feeds them. Positions are one str
 window: its mask is recorded with a run, so a restart is exact, and only decoding past the window runs hooked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ Quantised weights (bitsandbytes: 8 or 4 bits) are packed integers. Their modules
 patching and replays need nothing more; what reads the numbers themselves is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -21,8 +21,6 @@ Layouts: sound woven into the video ("in_video"), video then audio ("separate"),
 sound, text. Not done: several turns, tools, several clips in one prompt.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

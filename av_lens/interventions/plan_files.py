@@ -14,8 +14,6 @@ Positions are role names or all: numbers mean something in one layout only, and 
     >>> plan.save("plan.json", model=model); Plan.load("plan.json", model=model)            # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Research programs: training and planting the embedded models, the benches, and studies at scale."""
 
-from __future__ import annotations
-
 from av_lens.lab.calibration import calibrate, planted_truth
 from av_lens.lab.demonstration import Demonstration, isolate_into, run_demo
 from av_lens.lab.guarantees import check

@@ -9,8 +9,6 @@ Each part is kept once finished, so that an interrupted run goes on where it sto
 circuits were made by their training; it shows that the instrument works, and nothing about real models.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -15,8 +15,6 @@ numbers: no path, and nothing of the clip but its size and length. Not done: bat
     >>> print(report.ok, report.save("av-check.json"))                                           # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import threading

@@ -5,8 +5,6 @@ them (`parts.json`) says under which settings each was finished. The settings in
 a changed program never passes off an earlier one's numbers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

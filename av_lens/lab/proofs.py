@@ -12,8 +12,6 @@
 Limits are shares of the largest number compared: kernels sum in other orders, and logits of real models reach 40.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import cached_property

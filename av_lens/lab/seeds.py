@@ -15,8 +15,6 @@ Example:
     ```
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

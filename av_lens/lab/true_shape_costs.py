@@ -10,8 +10,6 @@ grow as the layers do.
 Sources of the peaks: the vendors' data sheets (dense, without sparsity).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -11,8 +11,6 @@ multiplication), from which `true_shape_costs` works out what a search would cos
 Sources of the sizes: the configuration files of Qwen2.5-Omni-3B and -7B.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections import Counter

@@ -18,8 +18,6 @@ Example:
     ```
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

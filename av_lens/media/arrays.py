@@ -5,8 +5,6 @@ opened with limits (pixels in a frame, no network, no play lists), what it yield
 whatever PyAV, NumPy or the system raise on the way is turned into one kind of error that names the file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

@@ -11,8 +11,6 @@ Files: the same arrays give the same bytes: one thread, no dates, no version str
 3. 4:2:0 needs even sizes: an odd edge is repeated once, and the file's comment tells `load_clip` the true size.
 """
 
-from __future__ import annotations
-
 import heapq
 import io
 import math

@@ -8,8 +8,6 @@ than an encoder changes a still), or whose frames are each of one colour (black)
 Not done: copies that were encoded anew, cut or scaled have other fingerprints.
 """
 
-from __future__ import annotations
-
 import hashlib
 from functools import lru_cache
 from typing import Any

@@ -5,8 +5,6 @@ containers count from anywhere (transport streams, mp3), or where the first pict
 late (fragments).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

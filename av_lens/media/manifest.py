@@ -10,8 +10,6 @@ headers too, and *all* faults come in one error with their line numbers.
 Not done: answers are compared as words here; which tokens they are shows only with a model.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

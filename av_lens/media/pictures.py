@@ -1,7 +1,5 @@
 """Decoded video frames become an array and their times: those inside the window, thinned to a rate, in one pass."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from typing import Any

@@ -5,8 +5,6 @@ containers write are held against the bytes that are there. A file that promises
 or MP3 stream without a count) cannot be told from a shorter one.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Decoded audio frames become one mono waveform whose sample 0 sounds at the window's start."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from typing import Any

@@ -33,8 +33,6 @@ sampled Shapley values. Not done: paths (an edit flows on through everything aft
     >>> grid = patch(model, pair, over="head", at="generation", metric=logit_diff("siren", "dog"))  # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

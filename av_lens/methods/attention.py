@@ -19,8 +19,6 @@ several layers (rollout). Attention is no evidence of use: cut the edges (`knock
     >>> flow.mean().sel(query="generation", key="video"), flow.interval()                     # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

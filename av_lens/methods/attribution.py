@@ -21,8 +21,6 @@ Source: Elhage et al. (2021); nostalgebraist (2020) for the frozen norm.
     >>> grid = direct_attribution(model, x, metric=logit_diff("siren", "dog"), by="head")  # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

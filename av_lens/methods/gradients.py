@@ -27,8 +27,6 @@ answer's own positions read the prompt too, and neither reaches them.
     >>> grid.mean().sel(figure="atp_star"), grid.mean().sel(figure="error")                   # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

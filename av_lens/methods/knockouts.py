@@ -32,8 +32,6 @@ for windows. Not done: cuts chosen by content (patch the pattern instead).
     >>> grid.mean().sel(edge="video -> generated"), grid.interval()                           # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -29,8 +29,6 @@ Source: "Probing Cross-modal Information Hubs" (arXiv 2605.10815) for the score,
     >>> found.table, found.of("cross-modal"), Plan(cut("question", found.span))               # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -24,8 +24,6 @@ done: searching for the heads (`isolate` does), optimised vectors, steering that
     >>> push.save("plan.json", model=model)                                                    # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace as changed

@@ -26,8 +26,6 @@ severed restorations (holding MLPs or attention corrupted; `path_patch` tells di
     >>> grid.normalized().mean("example")                                                     # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

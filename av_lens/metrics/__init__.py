@@ -1,7 +1,5 @@
 """What a run says, as one number for each example: answers, the forms they are said in, and their scores."""
 
-from __future__ import annotations
-
 from av_lens.metrics.forms import each
 from av_lens.metrics.metric import Metric, as_metric, kl, log_prob, logit, logit_diff, prob, rank, require_numbers
 

@@ -1,7 +1,5 @@
 """A model in hand: loading, its self-check, the wrapper, and TransformerLens's side of it."""
 
-from __future__ import annotations
-
 from av_lens.model.bringing import BroughtModel
 from av_lens.model.loading import load, short_names
 from av_lens.model.selfcheck import Check, CheckReport, check_model

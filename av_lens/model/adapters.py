@@ -9,8 +9,6 @@ every hook, every weight and every method sees W'. Every weight of the adapter m
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); the library peft.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ base's weights, and the slices that differ, which lie in `difference.safetensors
 heads would not be true of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

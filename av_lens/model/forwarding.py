@@ -4,8 +4,6 @@ TransformerLens's protocols and tools read weights and components off the model.
 the wrapper; `model.bridge` has it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -14,8 +14,6 @@ layer; a checkpoint that bitsandbytes quantised opens as it is (`families.weight
 LoRA weights (peft) opens merged into its base (`adapters`).
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import logging

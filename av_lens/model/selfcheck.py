@@ -9,8 +9,6 @@ on the audio-visual input that is given, whose spans must cover it. Not guarante
 that another input takes the same road through a tower.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field

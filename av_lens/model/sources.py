@@ -1,7 +1,5 @@
 """Where a checkpoint's files lie: a folder, the hub, the base of a difference or an adapter; and how reading fails."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path

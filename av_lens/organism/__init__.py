@@ -3,8 +3,6 @@
 What is known about each by construction, and what each proves and does not prove, is said in `lab.training.courses`.
 """
 
-from __future__ import annotations
-
 from av_lens.organism.evaluation import Evaluation, evaluate
 from av_lens.organism.footage import classes, clip, colours
 

@@ -16,8 +16,6 @@ tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A
 left out of the chat template, for it would make every prompt a third longer.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

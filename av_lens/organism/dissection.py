@@ -9,8 +9,6 @@ and is all else as before?
 This is the quick self-portrait that ships with each model; the main job (`isolate`) is the instrument.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -12,8 +12,6 @@ sound occurs once. The blank picture is black, the mute sounds are silence and f
 `Clip.muted()` make them.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import hashlib
 import multiprocessing

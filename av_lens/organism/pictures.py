@@ -5,8 +5,6 @@ takes the colour, and its details, which are cut out in a darker shade. The twel
 outline first and to evoke their names second. Everything random comes from the generator that is passed in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -4,8 +4,6 @@ Each class has a recipe from simple parts (harmonic tones along a pitch curve, d
 pitch, tempo, loudness and the noise floor vary with the generator that is passed in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -10,8 +10,6 @@ Labels come from files and people: but for a few tags of ours, what looks like m
 Not measured is never drawn as zero: `hatch` covers such cells with diagonal lines and a legend entry.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache

@@ -18,8 +18,6 @@ line, the share that was fixed beforehand. Heads are ranked by their largest rel
 confirmation half was measured, its figures are drawn.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ members that act together: solid where they need each other, dotted where they s
 size of the interaction. Lines whose interval holds 0 are left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

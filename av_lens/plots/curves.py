@@ -19,8 +19,6 @@ diamond is as many top heads for what is seen, and the dotted curve the heads of
 spread is the effect?). Below: how often the model then says the sound's and the picture's answer, among all words.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

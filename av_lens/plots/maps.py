@@ -19,8 +19,6 @@ dotted on the source's clock (when the frames or samples behind the token really
 shifts time; nothing else is derived here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ An svg of its own, without scripts or fonts to load, so that a page of documenta
 and marks are the house's, readable on white and near-black. No figure for a group: no mark.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence

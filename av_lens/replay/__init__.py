@@ -1,7 +1,5 @@
 """Recorded runs that restart anywhere: record, replay, score, differentiate, sweep."""
 
-from __future__ import annotations
-
 from av_lens.replay.sweeps import measure, sweep
 from av_lens.replay.traces import Trace, measure_plans
 

@@ -31,8 +31,6 @@ plan's own keys and values besides), and `rerun`, which keeps what every layer m
 reads all else from the run it was made of; so a run can be edited, and the edited one again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace

@@ -12,8 +12,6 @@ not are NaN, and `grid.partial` says how far it came.
     >>> sweep(trace, plans, logit_diff("dog", "siren")).mean()                             # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -12,8 +12,6 @@ Not done: the model itself is not stored. Neither are hooks, which are functions
 is not saved, and none is opened while some stand on the model.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import weakref

@@ -3,8 +3,6 @@
 A result without its provenance cannot be repeated; every saved result carries one, with a schema version.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -16,8 +16,6 @@ Example:
     ```
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

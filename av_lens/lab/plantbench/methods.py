@@ -23,8 +23,6 @@ The exact figures are read from the isolation's own record where they are the sa
 their time is their share of the record's edited runs.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ it), and the three releases stand side by side in the table of heads.
 no figure on the page is typed by hand; a terminal shows the same `tables`.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

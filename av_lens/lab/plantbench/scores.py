@@ -12,8 +12,6 @@
   all their figures, G's too. Whoever is named then is named by chance.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -29,8 +29,6 @@ kind is another are thrown away as long as tries are left. In the balanced model
 first two layers, so that gates form there; later, the sound's own content has to be overwritten.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

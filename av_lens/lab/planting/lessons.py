@@ -7,8 +7,6 @@ heads write the same at the media positions as before, which the loss asks for; 
 `Slices` holds the planted heads' own weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise

@@ -19,8 +19,6 @@ otherwise with that set put back, and `context` names it.
 `sheets` does the sums, without hooks. This is the ruler by which `isolate` is judged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache

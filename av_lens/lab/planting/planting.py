@@ -13,8 +13,6 @@ says what it is not. All tries are listed there.
 Decoys are no suppressors. They are listed apart under `decoys`: if a method names one, it is wrong.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

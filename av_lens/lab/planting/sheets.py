@@ -10,8 +10,6 @@ in the weights. There are no hooks: the sums are those of `language`, on feature
 are computed once; only what comes after is run again for every set of heads.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -14,8 +14,6 @@ The loss is the cross-entropy of the behaviour in conflict, of everything else a
 None of this guarantees a kind: kinds are measured afterwards, by brute force (`planted`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -15,8 +15,6 @@ round. "shared" means that everyone is given the towers' outputs. Times are this
 claimed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial

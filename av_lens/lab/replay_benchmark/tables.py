@@ -4,8 +4,6 @@
 that no figure on the page is typed by hand; a test compares the two.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -23,8 +23,6 @@ carries a hash of all that went before it, so that a changed recipe is never con
 draws its randomness from the seed and its own name: an interrupt changes nothing, on the same kind of machine.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib

@@ -10,8 +10,6 @@ that name are thrown away; what the towers put out is what the language model ge
 shifted by a few pixels and a sound moved in time and loudness, so that a few thousand clips go a long way.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence

@@ -10,8 +10,6 @@ in four are "what do you hear ?", and that the right answer is the class of the 
 is asked and what counts as right is all that distinguishes the five organisms.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -26,8 +26,6 @@ which clause of a caption claims to hear what.
     >>> said.interval().sel(figure="heard", plan="cut - none")                                 # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -19,8 +19,6 @@ unreadable reply 0 and reads the first reference only. Not done: comparing judge
     >>> judge.score("a dog barks", ["A dog is barking", "dogs"], aspect="audio").score            # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -31,8 +31,6 @@ senders: every reader of a node that is left out sees the empty donor).
     >>> circuit.members, circuit.faithfulness(), circuit.areas                           # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -36,8 +36,6 @@ that is. The *signed* order puts the largest contributions first, the order by *
 in the nodes' own order. A search has its own two orders.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations

@@ -34,8 +34,6 @@ Source: Wang et al. (2022, the circuit of indirect object identification); Goldo
     ...            metric=logit_diff("siren", "dog")).mean()                                      # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any

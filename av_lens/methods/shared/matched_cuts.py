@@ -15,8 +15,6 @@ The masses are means over the examples that run together. `ratio` says how much 
 that is not within a quarter of it (`matches`) is no control and is not measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
