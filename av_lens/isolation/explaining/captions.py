@@ -1,25 +1,7 @@
-"""From heads to captions: asked to describe the clip, does the model name what sounds once the set is edited?
+"""Asked to describe the clip, does the model name what sounds once the set is edited? Protocol section 8, *Captions*.
 
-On confirmation's conflicts, in the cells `va` and `av`, the model writes 64 tokens, greedy, with no prefix, as it is
-and under each arm:
-
-| arm | what is edited |
-|---|---|
-| none | nothing |
-| set | the set, zeroed at the question, the header and in every decoding step |
-| set by its donor | the set by its own donor, asked to describe, at question and header alone |
-| see heads | as many heads that `see` needs most, zeroed likewise |
-| member | one member of the set, zeroed likewise |
-| random | up to 20 of the random sets that the set was compared with, zeroed likewise |
-| cut | the edges from the picture to what is generated |
-
-*Heard*: a word of the sounding answer stands in the caption; *seen*: one of the shown answer; *hallucinated*: one of
-any other answer of the conflicts. Words are the answers', with the synonyms of the lexicon of sounds where it has them,
-found as whole words. *Release* is heard(edited) - heard(unedited), a conflict's two cells averaged. `one_word` is the
-arm's release of the one-word answer (effect on C over G, by the set's donor); the rank correlation of the two over the
-arms that zero heads says whether heads that hold back the word hold it back from captions too.
-
-Not done: a judge of captions (`methods.caption` has one).
+There is no prefix, and a conflict's two cells are averaged. `one_word` is the arm's effect on C over G, by the set's
+donor.
 """
 
 from __future__ import annotations
@@ -55,14 +37,7 @@ SHOWN = ("none", "set", "set by its donor", "see heads", "cut")
 
 @dataclass(frozen=True)
 class Arm:
-    """What is edited while the model writes.
-
-    Attributes:
-        name: as in the table.
-        members: the heads and MLPs.
-        donor: "zero", or the donor at the suffix; "" where no head is edited.
-        draw: the number of a random set, -1 elsewhere.
-    """
+    """What is edited while the model writes; `donor` is "" where no head is, `draw` the number of a random set."""
 
     name: str
     members: tuple[Node, ...] = ()

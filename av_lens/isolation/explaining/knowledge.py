@@ -1,40 +1,18 @@
-"""What a run knows once its search is confirmed; is the audio in there, and where does a head's release go?
+"""What a run knows once its search is confirmed: is the sound in there, and where does a head's release go?
 
-* **lens** (`methods.lens`): the share of conflicts in which the word is among the `TOP` likeliest tokens at some
-  position of the span, layer by layer, and at some position and layer (layer -1). Null: the same maximum for other
-  conflicts' sounds' words on the same clip, their mean; `excess` is what the word has over it. In `va` and `blank_a`.
-* **probe** (`methods.probes`): a linear probe of the sound's (the picture's) class, from the stream averaged over the
-  span, learnt on discovery's conflict cells `va` and `av` and tested on confirmation's, in isolate's own halves. Null:
-  shuffled labels; `excess` is the selectivity. The layer is chosen on discovery (`chosen`); its row says how well it
-  did there and what the other medium's class alone would let one guess.
+Lens and probes are those of protocol section 8, read on confirmation; `layer` counts the layers that the stream has
+passed, -1 is the best of all, `excess` is what the word has over the null. That a word can be read does not mean that
+the model reads it: where the sound is known and not said, it is lost after that layer.
 
-`layer` counts the layers that the stream has passed: 0 is before the first. All is of confirmation's conflicts, with
-isolate's intervals. That a word can be read does not mean that the model reads it: where the sound is known and not
-said, it is lost after that layer. Choices where the protocol is silent: of a span with more than `MOST_POSITIONS`
-positions the lens reads so many, evenly spaced (the null the same ones); an answer of several tokens is read by its
-first.
+`paths` is path patching (protocol section 3) from a sender at the site, in `va` (mirrored `av`):
 
-* **paths**: for a sender and its donor, on the base `va` (mirrored `av`), at the site:
+    MLP 5, L5H1.q    what that MLP, or that head's query, would read if nothing but the sender had changed
+    queries, joint   all receivers' queries, or their queries, keys and values, in one run 4
+    remainder        total - direct - joint: what passes elsewhere, and what the parts make of each other
 
-      total        z from the donor, everything after it free: its release
-      direct       the same with every later head's output held, MLPs and norms recomputed: to the logits by its own
-                   write (of answers of several tokens at the first, the only one that it then changes)
-      write        later MLPs held too: to the logits by its very own write (read likewise)
-      MLP 5        path patching with heads *and* MLPs held in run 3: what the MLP of layer 5 would read if nothing but
-                   the sender had changed; in run 4 only its input is replaced, and everything after it is free
-      L5H1.q       path patching: run 3 gives what head 1 of layer 5 would read as query if nothing but the sender had
-                   changed (every other head held, MLPs and norms recomputed); run 4 is the base run with only that
-                   input replaced and everything after it free. Keys and values are ungrouped: this query head alone
-                   sees them
-      queries      all receivers' queries in one run 4
-      joint        all receivers' queries, keys and values in one run 4
-      remainder    total - direct - joint: what passes elsewhere, and what the parts make of each other
-
-  Positive: that road lets the model hear more. A gate shows up as mediated by the queries of the carriers that it turns
-  away, a feeder by the MLP that it feeds. A sender may be an MLP. Receivers not after the sender are NaN (a head's
-  own layer's MLP is after it). For carriers the base is `blank_a` (mirrored `blank_v`), the donor
-  `blank_muted`, the effect one on G, and only total, direct and remainder are measured. Donors need not be a run of
-  their own (`zero`, means), so the runs of `methods.path_patching` are made here from the same parts (`replay.held`).
+Positive: that road lets the model hear more. A gate shows up as mediated by the queries of the carriers that it turns
+away, a feeder by the MLP that it feeds. Donors need not be a run of their own (`zero`, means), so the runs of
+`methods.path_patching` are made here from the same parts (`replay.held`).
 """
 
 from __future__ import annotations
@@ -373,11 +351,7 @@ def _together(held: HeldRun, read: dict[End, torch.Tensor], ends: Sequence[int])
 def _joint(
     chunk: Chunk, cell: str, held: HeldRun, read: dict[End, torch.Tensor], ends: Sequence[int]
 ) -> list[Plan | None]:
-    """All receivers after each sender together: their queries, keys and values.
-
-    Where the site reaches to the end of the prompt, a receiver's queries, keys and values there are all given and its
-    earlier keys and values are the base run's, so that its z is known beforehand, whatever else changes.
-    """
+    """All receivers after each sender together; where the site ends the prompt their z is known beforehand."""
     site, window = chunk.run(cell).site.tolist(), chunk.run(cell).window.tolist()
     if site != window:
         return _together(held, read, ends)

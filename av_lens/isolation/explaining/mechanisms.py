@@ -1,31 +1,9 @@
 """Every named head's mechanism card: what it reads, writes, what drives its pattern, where its release goes.
 
-One row of `cards` per figure, on confirmation, with its interval, for every head that was given a role and every member
-of the chosen set (a member without a role of its own has the set's donor). `part` is one of:
-
-* **attention** by role, from the generation position and over the site, in `va`, `aa`, `blank_a` and `va` asked `see`:
-  the mean over positions of the sum over the role's keys. Sinks, where there are some, are a role of their own.
-* **ov**: what its write at the asked position gives to the answers' logits, at the run's own norm scale, mirrored
-  ((va + av) / 2 for one answer, where the sound's and the picture's change places). z W_O is a sum over keys of
-  pattern x value W_O, so the write is parted exactly by the role of the key. "Read evenly" leaves the pattern out: what
-  one unit of attention spread evenly over the role would write, the OV circuit by itself. A score is centred over all
-  answers of the set.
-* **pattern**: its queries at the site, its keys at the media positions or its values there are taken from another
-  cell, all else left as it is, and z at the site is what it then makes: the effect on C, and its attention to the
-  picture and to the sound. What moves with the queries alone is driven by the questioner, with the keys alone by the
-  media. Suppressors take from `blank_muted` (as if nothing were seen or heard) and `wa` (another picture), carriers
-  from `blank_a` (the conflict without its picture). Beside these the whole z is taken, as everywhere else.
-* **path**: where its release goes (`knowledge.paths`): to the logits, to heads' inputs, through the MLPs after it.
-
-An MLP's card has its write, which is not parted, and its paths.
-
-All cells of a conflict have one layout, so rotary positions agree and keys can be exchanged. Choices where the protocol
-is silent: K and V are exchanged for this query head alone, whatever heads share them; text keys (boundaries, the
-question itself) always stay. Receivers are the heads after the first that releases, named or not, since what a gate
-turns away may be carried by many heads of which none is large: the named ones, then those of the largest effect on
-discovery (carries, silenced, any release), `MOST_RECEIVERS` in all. A head that both releases and carries is treated as
-one that releases. Where the model's layers cannot be computed by themselves (`obstacle`), only attention is measured,
-and the other parts are one NaN row that says why.
+One row of `cards` a figure, on confirmation, for every head with a role and every member of the chosen set. z W_O is a
+sum over keys of pattern x value W_O, so that a write is parted exactly by the role of the key. "Read evenly" is the OV
+circuit by itself: what one unit of attention spread evenly over the role would write. All cells of a conflict have one
+layout, so rotary positions agree and keys can be exchanged. What is exchanged and who receives: protocol section 5.
 """
 
 from __future__ import annotations

@@ -1,22 +1,9 @@
 """Does the finding hang on a choice that could have been made otherwise? Protocol section 8, last point.
 
-The search for single heads on discovery is made again under each variant, and its named suppressors are compared with
-the main search's: Jaccard = |both| / |either| (NaN where neither names any), the rank correlation of all heads' largest
-releases, who was lost and gained, and whose role *turned* (named both times, by another role).
-
-| variant | what is other |
-|---|---|
-| scrambled blank | the blank picture is the picture's own patches, scrambled, not dark |
-| noise mute | the mute is low noise, not silence |
-| other phrasing | the conflict's question in other words |
-| other layout | sound and picture apart, or woven, whichever the main search had not |
-| equal loudness | every sound scaled to one loudness |
-| other precision | bfloat16 for float32, and the other way round |
-| bootstraps of clips | discovery's components drawn again with replacement, tests and roles computed anew |
-
-Choices where the protocol is silent: the conflicts are the main search's (its choice by competence is not made again);
-effects that no suppressor's role needs are not measured again; the threshold delta is s times the variant's own G;
-sampled sign flips are as many as resolve half of the first step of the false discovery rate's ladder at one site.
+The search for single heads on discovery is made again under each variant and compared with the main search: Jaccard of
+the named suppressors (NaN where neither names any), the rank correlation of all heads' largest releases, who was lost
+and gained, and whose role *turned*. Sampled sign flips are as many as resolve half of the first step of the false
+discovery rate's ladder at one site.
 """
 
 from __future__ import annotations
@@ -53,15 +40,7 @@ OTHER_PHRASING = "What can you hear?"
 
 @dataclass(frozen=True)
 class Variant:
-    """One other choice.
-
-    Attributes:
-        name: what is other.
-        cells: further options of `Conflict.cells`.
-        layout: another layout, or None.
-        question: another question, or None.
-        dtype: another precision, or None.
-    """
+    """One other choice: further options of `Conflict.cells`, another layout, question or precision."""
 
     name: str
     cells: Mapping[str, Any] = field(default_factory=dict)

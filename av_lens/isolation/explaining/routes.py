@@ -1,38 +1,15 @@
 """By which road does the picture win? Edges of named heads and of whole routes cut, beside cuts of as much elsewhere.
 
-effect (release) of a cut = (change of M in va - change of M in av) / 2          positive: the model hears more
+The effect of a cut is mirrored as every effect. Heads that release are cut, alone and as the set, with the remaining
+weights scaled up (`renormalised`) or not. Routes are cut in all heads of a window of layers (`WINDOWS`, and 7 of 36
+layers around every layer, as in "From Senses to Decisions"): *relay* is said to matter by SECRET and "From Senses to
+Decisions", *generation* by arXiv 2604.02605, *sink* by "Probing Cross-modal Information Hubs", *without sinks* by those
+for whom late attention to video is a sink. *Encoding* is the sound that reads the picture (interleaved layouts).
 
-*Cuts of heads*: the edges from the site's queries to the picture's keys and to the sound's, in each head that releases
-and in the chosen set together; where there are sinks also to the sinks alone and to the picture without them.
-`renormalised` scales the remaining weights up; without it the weight is lost. Heads that only carry are not cut.
-
-*Cuts of routes*, all renormalised, in all heads of a window of layers: all of them, the depths at which the studies
-cut, as shares of the model's own depth (`WINDOWS`), and around every layer with a width of 7 of 36 layers ("From Senses
-to Decisions"). `says_sound`: how often the likeliest token of the whole vocabulary is the sound's answer in `va`.
-
-| route | edges | who says so |
-|---|---|---|
-| whole | video -> suffix | what all of the questioner reads from the picture, to compare with |
-| relay | video -> question and header | the picture passes through the question (SECRET; "From Senses to Decisions") |
-| generation | video -> generation | the answer's own position reads the picture (the study, arXiv 2604.02605) |
-| sink | media sinks -> suffix | sink tokens hold what both media share ("Probing Cross-modal Information Hubs") |
-| without sinks | video - sinks -> suffix | late attention to video is a sink, and cutting it changes nothing |
-| encoding | video -> audio | the sound reads the picture while it is encoded (interleaved layouts) |
-
-Beside each renormalised cut of heads, and each cut of a route in `WINDOWS`, stand controls
-(`methods.shared.matched_cuts`), the mean of `DRAWS` draws (how often the sound is said is that of the first draw):
-
-    equal mass       as much value-weighted attention of the same queries removed (within a quarter): the same edges in
-                     other heads at most one layer away (that do not release themselves; outside the window), for a
-                     route else other keys that hold no media
-    equal count      as many other keys in the same heads, only where three times as many exist
-    10%, 30% of keys of heads: nested shares of the keys; 100% is the cut
-    the sound's      of routes: the same queries no longer read the sound: what is lost if they cannot hear
-
-`mass`: of a cut, its share of all that the cut heads move to these queries; of an equal-mass control, what it removes
-over what the cut removes. A control that cannot be made, and a route that a prompt does not have (no sinks, no picture
-before the sound), is NaN, and its note says why. Choice where the protocol is silent: masses are taken from `va` and
-the same edges are cut in `av`.
+Controls, the mean of `DRAWS` draws (how often the sound is said: the first draw's): *equal mass*, within a quarter, is
+taken from other heads at most one layer away (outside the window) or, of a route, from other keys that hold no media;
+*the sound's* is the same queries deaf. `mass` of a cut is its share of all that its heads move to these queries, of an
+equal-mass control what it removes over what the cut removes. What cannot be made is NaN, and its note says why.
 """
 
 from __future__ import annotations

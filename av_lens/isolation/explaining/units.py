@@ -1,29 +1,12 @@
 """What do larger units do (groups of heads, layers), and what does an edit of the named set mend and break?
 
-Each unit is edited alone at the site, on discovery, and its effect mirrored, as for single nodes (`effects`):
+Each unit is edited alone at the site, on discovery: a kv group's query heads, a layer's heads ("attention"), or its
+heads and its MLP's output ("layer": what it adds to the stream). Keys are replaced before rotary position, so that a
+mean from a prompt of another length stands at the run's own positions.
 
-| unit | what is edited |
-|---|---|
-| kv group | z of all query heads that share a key-value head, jointly |
-| attention | z of all heads of the layer |
-| layer | z of all heads and the MLP's output: what the layer adds to the stream, not the stream itself |
-
-| estimand | of |
-|---|---|
-| release (donor) | effect on C with `blank_muted`, `mean_other`, `zero` |
-| carries | fall of G with `blank_muted` |
-| sufficiency | fall of G with `va` |
-| release of K and V (donor) | of a kv group: its keys and values at the site, seen by all its query heads |
-
-Keys are replaced before rotary position, so that a mean from a prompt of another length stands at the run's own
-positions. A sender at a position changes keys and values at that position only.
-
-The named set's edit is also written as a plan (`found.plan()`) that fits any clip, question and length. The members get
-constant outputs: zero, or the mean over discovery of what their donor gave them (`blank_muted`: what they write having
-neither seen nor heard; `mean_other`: asked something else), one vector for each role of the site's positions. What
-decoding adds is edited like the generation position. The constants are not the set's own donors (those are each
-conflict's own), so the plan is measured anew on confirmation: its release, how often the sound is said, and every
-control of `specificity`.
+The set's plan (`found.plan()`) fits any clip: members get constants, zero or the mean over discovery of what their
+donor gave them, one vector for each role of the site's positions (what decoding adds: the generation position's). These
+are not each conflict's own donors, so the plan is measured anew on confirmation.
 """
 
 from __future__ import annotations
@@ -159,14 +142,7 @@ K_AND_V = "release of K and V"
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of a layer.
-
-    Attributes:
-        kind: "kv group", "attention" or "layer".
-        layer: the layer.
-        index: the group's number, -1 elsewhere.
-        nodes: the heads and MLPs that are edited together.
-    """
+    """A unit of a layer: its `kind`, its number where it is a kv group (-1 elsewhere), the nodes edited together."""
 
     kind: str
     layer: int

@@ -1,28 +1,7 @@
 """Does the model hear, and does seeing keep it from saying so? Which answers are scored, and protocol section 2.
 
-A word is read in the form (leading space or not, capital or not; `metrics.forms`) that the model says most: that of the
-largest median probability over the sounds' words in `aa` and the pictures' words in `vv` of all conflicts, before they
-are dealt. It is one form for all words. A conflict is left out, by name, where its answers cannot be used: a word that
-is not known, answers that cannot be told apart or that overlap with another conflict's, or a word whose chosen form
-has, in the conflict's own cell, under a hundredth of the probability of another form. The manifest is never refused for
-it.
-
-Per conflict, with M = score(sound's answer) - score(picture's answer) in every cell:
-
-* C = (M(va) - M(av)) / 2, hearing under conflict; G = (M(blank_a) - M(blank_v)) / 2, hearing with nothing to see;
-  gap = G - C. Both are free of the words' own priors, because a and v change places.
-* Dilution = (M(audio_only) - M(audio_only_v)) / 2 - G: what the mere presence of a picture's positions costs. Reversal
-  rate: the share of conflicts with M(blank_a) > 0 and M(va) < 0.
-* E_A = (M(va) + M(aa) - M(vv) - M(av)) / 2, E_V = (M(aa) + M(av) - M(va) - M(vv)) / 2,
-  I = M(aa) - M(va) - M(av) + M(vv), what the picture moves where a is heard less what it moves where v is heard (0
-  where sound and picture add up; its sign changes when a and v change places);
-  Shortcut Index = |E_V| / (|E_A| + |E_V|), of the means. C = (E_A - E_V) / 2.
-
-Refused: a model that would say neither word (median of P(a) + P(v) in `va` below .1), and one that does not hear (G's
-lower bound at or below 0). Stopped: no gap to explain.
-
-Choices where the protocol is silent: "right" for competence is M's sign (best of the two answers); the two refusals are
-judged on all of discovery, before the choice by competence (which would make anyone hear); the gap on the competent.
+Left out by name are conflicts with a word that is not known, with answers that cannot be told apart or that overlap
+with another conflict's, or with a word whose chosen form is hardly said (protocol section 1).
 """
 
 from __future__ import annotations
@@ -50,13 +29,7 @@ CELLS = ("aa", "vv")
 
 @dataclass(frozen=True)
 class Answered:
-    """Conflicts whose answers are tokens.
-
-    Attributes:
-        conflicts: those that can be scored, their answers resolved.
-        left_out: why each other one cannot, by id.
-        forms: how words are read; None where all answers are token ids.
-    """
+    """Conflicts that can be scored, why each other one cannot, and the forms (None where all answers are token ids)."""
 
     conflicts: Sequence[Any]
     left_out: Mapping[str, str]

@@ -1,12 +1,6 @@
-"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout.
+"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout (a `Chunk`).
 
-Cells are named picture first, sound second (`va` is the conflict: the picture's clip v seen, the sound's clip a heard).
-A `Chunk` is a stack of conflicts of one layout and one wording; it runs a cell when first asked for and keeps it. A
-*donor* is what a node's output becomes: another cell of the same conflict, zero, or a mean over discovery (`Means`).
-In the mirrored cells (`av`, `blank_v`) a donor cell is mirrored too (a and v change places).
-
-Choice where the protocol is silent: conflicts without a third clip have NaN donors there, so that only their own
-figures are NaN.
+A *donor* is what a node's output becomes: another cell of the same conflict, zero, or a mean over discovery.
 """
 
 from __future__ import annotations
@@ -61,11 +55,7 @@ DESCRIBE = "describe"
 
 @dataclass(eq=False)
 class Bench:
-    """The conflicts of a run, their answers and the model's engine.
-
-    A question is asked in four wordings: "ask" (the conflict's own), "see", "control", and "describe" without a prefix.
-    `mlps` says whether MLPs stand beside heads (in the first edition they do not).
-    """
+    """The conflicts of a run, their answers and engine; the wordings are "ask", "see", "control" and "describe"."""
 
     engine: ModelEngine
     conflicts: list[Any]
@@ -276,10 +266,7 @@ class Chunk:
         return self.bench.engine.capture(self.run(cell, question), part)
 
     def donor(self, base: str, name: str, question: str = "ask", part: str = Z) -> AllOutputs:
-        """Give what a component becomes in a base cell; NaN for conflicts that lack it, refused where the site does.
-
-        Components are the nodes' outputs (`engine.OUTPUTS`), and keys and values before rotary position.
-        """
+        """Give what a component becomes in a base cell; NaN for conflicts that lack it, refused where the site does."""
         key = (base, name, question, part)
         if key in self._donors:
             return self._donors[key]
@@ -361,10 +348,7 @@ def gathered(
     compute: Callable[[Chunk], Arrays],
     stage: str | None = None,
 ) -> Arrays:
-    """Measure every stack, or open what was stored, and put the conflicts (each array's first axis) in order.
-
-    Progress is told under the measurement's name, or another; "" tells none.
-    """
+    """Measure every stack, or open what was stored, and put the conflicts in order; `stage` "" tells no progress."""
     out: Arrays = {}
     for number, chunk in enumerate(chunks):
         rows = chunk.rows(examples)

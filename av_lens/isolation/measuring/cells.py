@@ -1,8 +1,6 @@
 """A conflict's cells by the names that the search has for them, and the conflict of the mirrored question.
 
-Where the picture is asked for (`suppressed="picture"`), a conflict's sound and picture, its answers and its two
-questions change places (`mirrored_conflict`), and each cell goes by the name of the cell that it mirrors
-(`results.exchanged`): the search asks for `blank_a` and gets `v_muted`. Nothing else knows which question is asked.
+Each cell goes by the name of the cell that it mirrors (`results.exchanged`): nothing else knows which sense is asked.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""What do nodes' outputs become? Donors of other lengths, and means over discovery.
-
-`Means` averages discovery's `va` (`mean_task`; `av` in a mirrored base) and its `va` asked `see` (`mean_other`, the
-same in every edited cell), over the conflicts that share no answer with the edited one. Choices where the protocol is
-silent: a donor of other length than the site is aligned from the end, and what overhangs keeps the run's own output;
-another cell's donor ends where the token ids begin to differ.
-"""
+"""What do nodes' outputs become? Donors of other lengths, and means over discovery (protocol section 3)."""
 
 from __future__ import annotations
 
@@ -57,12 +51,7 @@ def equal_ending(one: AVInputs, two: AVInputs) -> int | None:
 
 @dataclass(eq=False)
 class Means:
-    """Every node's output at the site over discovery, for the two mean donors.
-
-    `outputs(part, name)` is `[layer, example, site, ...]` on the CPU, name being "va", "av" (asked their own question)
-    or "see" (`va` asked `see`), run when first asked for; `sound` and `picture` are the examples' answers, `ids` names
-    the conflicts.
-    """
+    """Every node's output at the site over discovery: `outputs(part, name)` is `[layer, example, site, ...]`."""
 
     chunks: tuple[Chunk, ...]
     sound: Int[np.ndarray, " example"]

@@ -1,29 +1,12 @@
 """What does an edit of a head, an MLP, or any other, do to hearing? Protocol section 4, measured conflict by conflict.
 
-Every effect is mirrored, (change of M in a cell - change of M in its mirror) / 2: in `va` and `av` it is one on hearing
-under conflict, C; in `blank_a` and `blank_v` on hearing with nothing to see, G. Positive: the model hears more.
+`ESTIMANDS` is the one list of figures. An estimand is the effect of a `Request` (every node in turn gets its output
+from a donor, in a base cell and its mirror), minus that of another where it says so; what runs (`requests`), figures
+(`figures`), rows of the table of evidence, keys of the record's arrays, and columns of the table of heads (`column`)
+follow from it, and roles name estimands by `(name, donor)`.
 
-`ESTIMANDS` is the one list of figures. An estimand is the effect of a `Request` (every node, a head or an MLP, in turn
-gets its output from a donor, in a base cell and its mirror), minus that of another where it says so; what runs
-(`requests`), figures (`figures`), rows of the table of evidence, keys of the record's arrays, and columns of the table
-of heads (`column`, where `results.tables` names it) follow from it, and roles name estimands by `(name, donor)`.
-
-| estimand | of |
-|---|---|
-| release | on C, by donor; `mean_task`, `audio_only` and `half_dose` (half of its own z) are secondary donors |
-| direct | the same with later heads frozen; `repair` is direct minus release |
-| write | the same with later heads and MLPs frozen: its very own write |
-| release on sound, release on picture | its part on the two answers, centred over all answers (`direct on ...` too) |
-| fall of G | minus the effect on G; with blank_muted it is `carries`, with `va` `sufficiency` |
-| reads picture, reads sound, silenced, question's own | donors wa, vw, blank_a - blank_muted, mean_other - mean_task |
-| encodes | at audio and video: fall of the picture's answer over the sound's under `see` |
-| rise over others | rise of the heard sound's answer over the candidates that are neither answer (damage) |
-| release at the first token | release, where answers have several tokens |
-
-All but the last three stand there twice: as measured, and with the final norm's scale frozen at the unedited run's
-(` (norm frozen)` after the name). Of answers of several tokens direct, write, repair and rise are read at the first:
-with later heads held at the answer's own positions too, nothing changes there. What nodes write themselves
-(`direct_writes`) needs no edit. `effects_of_plans` measures plans of any kind (nodes' outputs, attention edges).
+Of answers of several tokens direct, write, repair and rise are read at the first: with later heads held at the answer's
+own positions too, nothing changes there. " (norm frozen)": the final norm's scale is the unedited run's.
 """
 
 from __future__ import annotations
@@ -52,10 +35,7 @@ Figures = Mapping[tuple[str, str], PerNode]
 
 @dataclass(frozen=True)
 class Request:
-    """An edit of every node in turn: in `base` ("va" or "blank_a") and its mirror, its output from `donor`.
-
-    `freeze` holds later heads, `mlps` later MLPs (those of some layers, or `LATER` for all).
-    """
+    """Every node in turn gets its output from `donor`; `freeze` holds later heads, `mlps` these layers' MLPs."""
 
     base: str
     donor: str
@@ -165,10 +145,7 @@ def donor_of(name: str) -> str:
 def requests(
     chunks: Sequence[Chunk] | None = None, *, names: Sequence[str] = (), donors: Sequence[str] = PRIMARY_DONORS
 ) -> list[Request]:
-    """List what estimands need (all of them where none is named), less the donors that some conflicts cannot have.
-
-    Runs of the primary donors are listed before others', which is their order in the stacks.
-    """
+    """List what estimands need (all of them where none is named), less the donors that some conflicts cannot have."""
     wanted = [one for one in ESTIMANDS if not names or (one.name in names and {one.donor} & {*donors, *W_CELLS})]
     found = dict.fromkeys(r for one in wanted for r in (one.plus, one.minus) if r is not None)
     there = [one for one in found if chunks is None or any(chunk.has(one.donor) for chunk in chunks)]
@@ -185,15 +162,10 @@ def requests(
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """A request's outcome per example and node; NaN where not measured.
+    """A request's mirrored outcome per example and node; NaN where not measured.
 
-    Attributes:
-        margin: the mirrored change of M.
-        rise: the change of the heard sound's answer over the mean of the other candidates, mirrored.
-        on_sound: the change of the sound's answer (the picture's in the mirror), centred over all candidates.
-        on_picture: the same of the picture's answer.
-        first: the change of M at the first token; `margin` itself where all answers have one.
-        margin_frozen: the change of M with the final norm frozen; so the three below.
+    `margin` is the change of M, `first` that at the first token, `rise` that of the heard sound's answer over the mean
+    of the other candidates; `on_sound` and `on_picture` are centred over all candidates.
     """
 
     margin: PerNode
@@ -228,10 +200,7 @@ def mirrored(base: str, change: Callable[[str], np.ndarray]) -> np.ndarray:
 def edited_scores(
     chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Node], tick: Callable[[int], None]
 ) -> Float[np.ndarray, "scale request head batch candidate"]:
-    """Run all requests on one base cell, which all ask the same question; `tick` is told of runs that are done.
-
-    Scores are as the model gives them, and as `linear_logits` reads them out.
-    """
+    """Run all requests, which ask one question, on one base cell: scores as given, and read out by `linear_logits`."""
     candidates, engine, examples = chunk.bench.candidates, chunk.bench.engine, chunk.examples
     recording, tokens = chunk.run(base, wanted[0].question), candidates.tokens
     own = chunk.own(recording)
@@ -359,11 +328,7 @@ DLA = ("dla", "")
 
 
 def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> PerNode:
-    """Attribute M directly to the nodes at the asked position, mirrored: (va - av) / 2.
-
-    At a run's own norm scale; positive: the write favours the answer that hearing favours. Synonyms: each token counts
-    by its share of the answer's own probability.
-    """
+    """Attribute M to the nodes' writes at the asked position, mirrored; a synonym counts by its share of the answer."""
     return gathered(chunks, examples, "direct writes", {}, _chunk_writes, "")["margin"]
 
 
@@ -405,10 +370,7 @@ def first_metric(chunk: Chunk) -> Metric:
 def effects_of_plans(
     chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]], *, first: Sequence[int] = ()
 ) -> Float[np.ndarray, "batch plan"]:
-    """Measure plans, made for a cell, in the cell and in its mirror: effects on C or G; NaN where there is no plan.
-
-    Of answers of several tokens the plans numbered in `first` are read at the first token.
-    """
+    """Measure a cell's plans in it and its mirror; NaN where there is none. `first` are read at the first token."""
 
     def changes(cell: str) -> np.ndarray:
         given = plans(cell)

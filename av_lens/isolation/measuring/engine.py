@@ -3,25 +3,13 @@
 A *node* is a head, `(layer, head)`, whose output is z, or an MLP, `(layer, MLP)`, whose output is what it adds to the
 stream. In tables `[layer, node]` the layer's heads come first and its MLP is the last column, which -1 (`MLP`) indexes.
 
-A `Recording` is a run of a stack of one-layout inputs: its logits at the asked position, every node's output from the
-site on, the trace from which it is restarted (made when first needed), and the edits that it was made under, if any.
-`Recording.plan` is the one place where "these nodes get that output" becomes a `Plan`: edits act at the *site*'s
-positions only. `freeze=True` also holds every later layer's z at the recording's own: what is left is the node's own
-write, through MLPs and norms that are recomputed (the *direct* effect). It needs the asked position alone, where the
-restart then begins: every later head's output there is the recording's own, whatever happened at other positions.
-`mlps` holds MLPs too: with all later ones and `freeze` what is left is the very own *write*; a head's later MLPs
-include its own layer's.
+`Recording.plan` is the one place where "these nodes get that output" becomes a `Plan`. With `freeze` the restart needs
+the asked position alone: every later head's output there is the recording's own, whatever happened elsewhere.
 
 Plans run in two ways that must agree (a test holds them together): `how="trace"` restarts the recorded run at the first
 edited layer and position; `how="hooks"` runs the whole model again for every plan, with plain hooks, as the slow
-reference. An edited run can be kept like a recorded one (`record_edited`), and further edits restart there.
-
-*Norm frozen*: logits read from a run's stream with the final norm dividing by what it divided by in the unedited run of
-that cell. Reading out is then linear, so that what a change of the stream does to the logits is the same whatever the
-norm would have made of it.
-
-In a mirrored base (`av`, `blank_v`) a donor cell is mirrored too: a and v change places; the mirror of `audio_only` is
-`audio_only_v`, the picture's sound alone.
+reference. *Norm frozen*: reading out is then linear, so that what a change of the stream does to the logits is the same
+whatever the norm would have made of it.
 """
 
 from __future__ import annotations
@@ -107,11 +95,10 @@ MEDIA_SITES = (*ENCODING_SITES, "sinks")
 
 @dataclass(eq=False)
 class Recording:
-    """A run of a stack of inputs.
+    """A run of a stack of inputs, made under the edits `under`.
 
-    `window` is the run of positions from the site's first to the asked one, `parts` what is kept of it there, by
-    component, `final` the stream that enters the final norm at the asked position; `under` are the edits that the run
-    was made with.
+    `window` is the run of positions from the site's first to the asked one, `parts` what is kept there by component,
+    `final` the stream that enters the final norm at the asked position.
     """
 
     inputs: AVInputs
@@ -138,8 +125,6 @@ class Recording:
         """Give nodes another output at the site, on top of the edits that the run was made with.
 
         A restart computes the edited run's own layers anew from the first edit's on: only edits there are made again.
-        `freeze` holds all later heads at the asked position, `mlps` (some layers', or `LATER`) the MLPs after the
-        first node: at the site, or there too.
         """
         first, last = min(layer for layer, _ in values), self.site[-1:]
         if freeze and last[0] != self.window[-1]:
@@ -202,16 +187,7 @@ STREAM_BYTES, TRACE_BYTES = 2.5e8, 4e9
 
 
 class ModelEngine:
-    """Recordings and edited runs of a `HookedAVLLM`.
-
-    Args:
-        model: the wrapped model.
-        how: "trace" (restart recorded runs) or "hooks" (the whole model again, the slow reference).
-        layout: how sound and picture are laid out in the prompt.
-        cells: further options of `Conflict.cells`, such as another kind of blank.
-
-    `suppressed` says which sense is asked for: whoever sets "picture" hands over mirrored conflicts (`cells`).
-    """
+    """Recordings and edited runs of a `HookedAVLLM`; whoever sets `suppressed` hands over mirrored conflicts."""
 
     suppressed = "sound"
 
@@ -255,11 +231,7 @@ class ModelEngine:
         return Recording(inputs, positions, window, logits, parts, final, under or {})
 
     def record_edited(self, recording: Recording, values: Values) -> Recording:
-        """Run a recording's inputs with nodes edited, so that further edits can be made on top.
-
-        The search for sets asks the same question about many sets that share members. An edited run is therefore made
-        once, and every further edit restarts there, at its own layer, instead of at the first layer of the whole set.
-        """
+        """Run a recording's inputs with nodes edited, once for all further edits, each restarting at its own layer."""
         whole, trace = dict(recording.under) | dict(values), self._restartable(recording)
         if trace is None:
             again = self.record(recording.inputs, recording.site, whole)
@@ -365,10 +337,7 @@ class ModelEngine:
     def writes(
         self, recording: Recording, ids: Int[Tensor, " token"], *, mlps: bool
     ) -> Float[Tensor, "layer node batch token"]:
-        """Attribute the tokens' logits to the nodes' direct writes at the asked position, at the run's own norm scale.
-
-        This is `direct_attribution(by="head")` for many tokens, from what the recording keeps: nothing is run again.
-        """
+        """Give `direct_attribution(by="head")` of many tokens, from what the recording keeps: nothing is run again."""
         at_end = recording.parts[Z][:, :, -1].float()
         written = torch.einsum("lbhd,lhdm->lhbm", at_end, self._output_weights.float())
         if mlps:

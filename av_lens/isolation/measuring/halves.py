@@ -16,17 +16,10 @@ Row = dict[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """One half's conflicts that are analysed: what their clips share, and hearing per conflict.
+    """One half's conflicts that are analysed: their components, G and C, and the rule that bounds their figures.
 
-    Attributes:
-        name: "discovery" or "confirmation".
-        examples: the conflicts.
-        components: each one's component.
-        boot: what their figures are bounded and tested by.
-        G: hearing with nothing to see.
-        C: hearing under conflict.
-        third: the same for effects that use the third clip, which count its source too; None in the first edition.
-        words: the same with the two answers' words for sources; None in the first edition.
+    `third` is the rule of effects that use the third clip (they count its source too), `words` that with the two
+    answers' words for sources; None in the first edition.
     """
 
     name: str

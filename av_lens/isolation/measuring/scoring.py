@@ -1,14 +1,7 @@
-"""What does a run say: the sound's answer, the picture's, or neither?
+"""What does a run say: the sound's answer, the picture's, or neither? Scores and M as in protocol section 1.
 
-The score of an answer at the asked position is its token's logit, or the logsumexp over its synonyms' logits. Where one
-of a conflict's two answers has several tokens, both are scored by the teacher-forced sum of log-probabilities over
-their tokens (of unequal numbers too: in a mirrored figure lengths cancel). M = score(sound's answer) - score(picture's
-answer), the two answers held fixed in every cell. "Right among the two" is M > 0 for the sound's answer; right in the
-whole vocabulary means that the most likely token of all begins the answer.
-
-`Candidates` are all distinct answers of a set of conflicts, whose words have been read (`behaviour`). Only a conflict's
-own two answers are run to their end (`Spoken`): all others are read at their first token, and so are the two where a
-figure asks for it (`first=True`).
+Only a conflict's own two answers are run to their end (`Spoken`): all others are read at their first token, and so are
+the two where a figure asks for it (`first=True`).
 """
 
 from __future__ import annotations
@@ -38,10 +31,7 @@ NEITHER, UNREAD = -1, -2
 
 @dataclass(frozen=True, eq=False)
 class Edited:
-    """An edited run at the asked position: its logits, and the stream that enters the final norm.
-
-    `later` is that stream at the rows of answers that were run after the prompt, one answer's after the other's.
-    """
+    """An edited run's logits and stream (as it enters the final norm) at the asked position; `later`: at answers."""
 
     logits: Float[Tensor, "batch d_vocab"]
     final: Float[Tensor, "batch d_model"]
@@ -50,10 +40,9 @@ class Edited:
 
 @dataclass(frozen=True, eq=False)
 class CellReading:
-    """What a run of a stack says, per example.
+    """What a run of a stack says, per example: scores, `mass` of both answers, and the `top` candidate.
 
-    `scores` are the candidates' scores; `top` is the candidate that holds the most likely token of the whole
-    vocabulary, -1 where none does, -2 where the run has no number; `mass` is P(sound's answer) + P(picture's).
+    `top` is -1 where none holds the likeliest token of the vocabulary, -2 where the run has no number.
     """
 
     scores: Float[np.ndarray, "example candidate"]
@@ -69,11 +58,9 @@ class CellReading:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """All distinct answers of a set of conflicts, and which two belong to each conflict.
+    """All distinct answers of a set of conflicts by their synonyms' first tokens (padded with -1), and each one's two.
 
-    `ids` lists the first token of each candidate's synonyms, padded with -1; `sound` and `picture` index the
-    candidates; `long` says which conflicts have an answer of several tokens. Where there are such, scores have two more
-    columns: the example's own sound's and picture's answer at the first token.
+    Where answers are `long`, scores have two more columns: the example's own sound's and picture's at the first token.
     """
 
     names: tuple[str, ...]
@@ -122,10 +109,7 @@ class Candidates:
         examples: Int[np.ndarray, " batch"],
         said: Float[Tensor, "*more batch 3"] | None = None,
     ) -> Float[np.ndarray, "*more batch column"]:
-        """Put what the two answers were found to say to their end in their places, and what they were behind the rest.
-
-        Where something was said, all scores become log-probabilities.
-        """
+        """Put the two answers' sums in their places, their first tokens behind: all become log-probabilities then."""
         if not self.several:
             return pooled
         places = [(..., np.arange(len(examples)), getattr(self, side)[examples]) for side in SIDES]
@@ -228,10 +212,7 @@ class Candidates:
 
 
 def overlapping(listed: Sequence[tuple[Answer, Answer]]) -> dict[int, str]:
-    """Find the conflicts of which an answer shares a synonym, but not all, with a commoner one of another conflict.
-
-    A word must belong to one answer, whichever conflict it is said in.
-    """
+    """Find the conflicts of which an answer shares a synonym, but not all, with a commoner one of another conflict."""
     counted = Counter(frozenset(answer.options) for answer in chain.from_iterable(listed))
     owner = {option: options for options, _ in reversed(counted.most_common()) for option in options}
     names = {frozenset(answer.options): answer.text for answer in chain.from_iterable(listed)}

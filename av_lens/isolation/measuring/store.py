@@ -1,11 +1,8 @@
 """What has been measured already? Measurements on disk, so that a run that was killed goes on where it was.
 
-Only what costs runs of the model is stored; everything that is computed from it (tests, roles, verdicts) is computed
-again, so that a resumed run gives the same numbers as one that was never interrupted. A measurement is known by a name
-and by everything that it depends on: the run's own key (protocol, weights, clips, program) and what its caller adds,
-such as which conflicts, which heads, which donor. Each is a file of arrays that also holds what it is a measurement of;
-a file that is damaged, or holds another measurement than its name says, is told and measured again; one that the system
-does not let us read stops the run. How long a measurement took is kept with it, and is no part of what it depends on.
+Only what costs runs of the model is stored; tests, roles and verdicts are computed again. A measurement is known by a
+name and by all that it depends on: the run's key and what its caller adds. A file that is damaged, or holds another
+measurement than its name says, is told and measured again; one that the system does not let us read stops the run.
 """
 
 from __future__ import annotations
@@ -43,14 +40,7 @@ GO_ON = "What was kept before is whole; make room or put the folder right, and t
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One measurement, as those who watch a store are told of it.
-
-    Attributes:
-        name: what was measured.
-        depends: what it depends on, the conflicts' ids among it where it is tied to some.
-        seconds: how long it took when it was made.
-        new: made just now, and not found on disk.
-    """
+    """One measurement, as those who watch a store are told of it; `new` if it was made just now."""
 
     name: str
     depends: Mapping[str, Any]
@@ -60,16 +50,7 @@ class Measured:
 
 @dataclass(eq=False)
 class Store:
-    """Measurements of one run.
-
-    Attributes:
-        folder: where they are kept; None keeps nothing.
-        key: what the whole run depends on; measurements of another key are not seen.
-        made: how many were made.
-        before: called before each measurement that is not on disk; may raise to stop the run there.
-        told: called after each measurement, found or made.
-        said: called with sentences worth reading.
-    """
+    """Measurements of one run under its `key`, in `folder` (None keeps nothing); `before` may raise to stop it."""
 
     folder: Path | None = None
     key: str = ""

@@ -1,14 +1,7 @@
 """The search on discovery: every node's effects at every site, their tests, and who is named.
 
 One `SiteEvidence` per site set; q runs over all of them together. Where MLPs are named, the heads before them are
-measured once more with these MLPs held (`hold`), which tells feeders. `Searched` also keeps what confirmation needs
-from discovery alone: the means, the donors, the rows.
-
-The threshold s, as a share of G, where nobody gave one: .10 for organisms; for other models .03, or, if larger, the
-99th percentile over nodes of the largest of the three releases with base and donor cells asked `control` (the same
-answers, a question about neither), over G: what the same edits do to a question that has nothing to do with hearing.
-
-Above 64 nodes a screen chooses 64 of them at each site, which are measured in three looks (`screen`).
+measured once more with these MLPs held (`hold`), which tells feeders.
 """
 
 from __future__ import annotations
@@ -72,18 +65,7 @@ class SiteEvidence:
 
 @dataclass(eq=False)
 class Searched:
-    """What discovery found.
-
-    Attributes:
-        sites: the evidence by site set.
-        named: the rows of the role table.
-        release_q: q of the release alone, by site and donor.
-        s: the threshold as a share of G.
-        means: discovery's means by site, for confirmation.
-        family: how many tests q corrects for.
-        mlps: the layers of the MLPs that are named, by site.
-        notes: what could not be searched, in words.
-    """
+    """What discovery found, and what confirmation needs from it alone: rows, means by site, s, size of the family."""
 
     sites: dict[str, SiteEvidence]
     named: list[Named]

@@ -1,46 +1,4 @@
-"""Which role does a head or an MLP play, and how sure are we? Protocol sections 5 and 7, from section 4's effects.
-
-The first that holds, top to bottom; a sound carrier may join any; MLPs have the first three of the suppressors' alone:
-
-| role | criterion |
-|---|---|
-| breaks | release passes, but the edit is mere damage (below) |
-| feeder | heads: release passes; with the named later MLPs held at least half of it is lost; write share < .25 |
-| picture writer | release passes; direct share >= .5; reads picture > reads sound |
-| sound opponent | release passes; direct share >= .5; reads sound > reads picture |
-| gate | release passes; direct share < .5 |
-| undetermined | release passes, and no cut holds by its 95% interval |
-| silenced carrier | silenced passes |
-| sound carrier | carries passes |
-
-At the sites `audio` and `video` there are no shares, and in the place of writer, opponent, gate and feeder stand, by
-two donors: *picture encoder*, where what `see` loses (the fall of the picture's answer over the sound's by the same
-edit) less release / 2 has a lower bound >= 0, and *suppresses while encoding*, where its upper bound is below 0.
-
-delta = s x G of the half. *Mere damage*: the upper bound of [fall of G - release / 2] is >= 0, or the lower bound of
-[rise of the heard answer over the candidates that are neither] is <= -delta. *Passes* on discovery: mean > delta and
-q < .05. p is a one-sided sign flip by component of effect - s G; a role's p is the largest of its parts: release;
-direct - release / 2 (for a gate release / 2 - direct; for a feeder release / 2 - the release with MLPs held, and
-release / 4 - write); the difference of the reads. q is Benjamini-Hochberg over sites x (heads x [4 roles x 3 donors +
-silenced + carries] + MLPs x 3 roles x 3 donors), at `audio` and `video` heads x [2 donors + silenced + carries] +
-MLPs x 2; in the first edition over heads x sites x [3 roles x 3 donors + 2].
-MLPs are named first, with feeders' p at 1; then feeders get theirs and q is taken once more, which no MLP's row takes.
-A head that keeps another role though half of its release is lost with MLPs held acts *through* that MLP of which the
-holding alone costs most.
-
-Above 64 nodes only those that a screen chose are measured (`screen`): the others have p = 1 (NaN in the tables), and
-the familywise p is p times the family. A node that was stopped early (`looks`) has p = 1.
-
-Choices where the protocol is silent: that the *release* passes (breaks and undetermined need it) is judged by a second
-Benjamini-Hochberg over the same family with each role's p replaced by its release part; a role's max-T p is the largest
-of its parts' max-T p; on confirmation a row is confirmed if its mean is above delta, Holm's p is below .05 over the
-rows that were given a name (breaks is none), and the same cuts give the same role. An undetermined head is named, its
-kind is not: it is confirmed by its release alone, if it does not break. Where the release's own p is above .05 nothing
-is held, and a feeder's p stays at 1 (no q below .05 changes by it). MLPs' later MLPs are no one's feeders.
-
-*One donor alone* (second edition): a role whose node is released by one donor alone on discovery (`one_donor_alone`)
-may hold on held-out clips, and is then told as replicated, by one donor alone, never as confirmed.
-"""
+"""Which role does a head or an MLP play, and how sure are we? Protocol sections 5 and 7, from section 4's effects."""
 
 from __future__ import annotations
 
@@ -80,10 +38,7 @@ Table = Float[np.ndarray, "layer node"]
 
 @dataclass(frozen=True)
 class Named:
-    """A row of the role table: a node at a site with its role, donor and discovery's p, q and max-T p.
-
-    `through` is the layer of the MLP through which half of a head's release passes or more, -1 where there is none.
-    """
+    """A row of the role table; `through` is the layer of the MLP through which half of its release passes, or -1."""
 
     layer: int
     head: int
@@ -105,8 +60,8 @@ class Named:
 class Evidence:
     """A half's effects, per example and node, by (estimand, donor); `evidence["silenced"]` where it has one donor.
 
-    `mlps` says whether the last column is the layers' MLPs, `encoding` whether the site is `audio` or `video`; nodes in
-    `stopped` were measured on some examples alone, and pass no test.
+    With `mlps` the last column is the layers' MLPs; nodes in `stopped` were measured on some examples alone, and pass
+    no test.
     """
 
     figures: Figures
@@ -179,10 +134,7 @@ class Tests:
 
 
 def family_size(n_heads: int, n_sites: int, n_mlps: int = 0, *, n_encoding: int = 0) -> int:
-    """Count the tests that q corrects for, `n_encoding` of the sites being `audio` or `video`.
-
-    Without MLPs, as in the first edition, there are no feeders either, and these sites are as all others.
-    """
+    """Count the tests that q corrects for, `n_encoding` of the sites being `audio` or `video` (protocol section 7)."""
     of_mlp = len(SUPPRESSORS) * len(PRIMARY_DONORS)
     of_head = of_mlp + (len(PRIMARY_DONORS) if n_mlps else 0) + len(CARRIERS)
     whole = n_heads * of_head + n_mlps * of_mlp
@@ -318,9 +270,8 @@ NOWHERE = Interval(*np.full((3, 0), np.nan))
 class Cuts:
     """The intervals that decide a role, for the chosen donor of each node, each `[layer, node]`.
 
-    `damage` is [fall of G - release / 2], `rise` the heard answer's rise over the other candidates, `share` the direct
-    share, `write` the write share, `lost` the share that is lost with the named MLPs held, `reads` [reads picture -
-    reads sound], `encodes` [what `see` loses - release / 2], which is known where `encoding`.
+    `damage` is [fall of G - release / 2], `reads` [reads picture - reads sound], `encodes` [what `see` loses - release
+    / 2].
     """
 
     release: Interval
@@ -389,10 +340,7 @@ CUT_ROLES = (*SUPPRESSORS, FEEDER)
 
 
 def one_donor_alone(releases: Iterable[float], hearing: float) -> bool:
-    """Say whether a role rests on one donor alone, by a node's mean releases on discovery and the mean of G.
-
-    It does where the second largest release is below .10 G and below half of the largest.
-    """
+    """Say whether a role rests on one donor alone, by a node's mean releases on discovery and the mean of G."""
     largest, second = sorted((one for one in (*releases, -np.inf, -np.inf) if not np.isnan(one)), reverse=True)[:2]
     return bool(second < min(ONE_DONOR_SHARE * hearing, ONE_DONOR_OF_LARGEST * largest))
 
@@ -407,10 +355,7 @@ def classify(
     site: str,
     mlps: Sequence[int] = (),
 ) -> list[Named]:
-    """Give every node its roles on discovery, by its primary donor: none, one, or two where it also carries sound.
-
-    `mlps` are the layers of the MLPs that were held. Of several the first after a head is the one it acts through.
-    """
+    """Give every node its roles on discovery, by its primary donor: none, one, or two where it also carries sound."""
     donors = found.donors
     cuts = Cuts.of(found, donors, s=s)
     means = {role: head_means(found[estimand]) for role, estimand in CARRIERS.items()}

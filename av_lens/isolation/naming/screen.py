@@ -1,29 +1,13 @@
 """Which of more than 64 nodes are worth measuring? A screen by gradients on discovery; protocol section 6.
 
-A guess at an effect is (donor's output - own output) . gradient of M, summed over the site's positions and mirrored as
-every effect is. Of each conflict, by backward passes in a cell and its mirror:
+A guess at an effect is (donor's output - own output) . gradient of M, summed over the site's positions and mirrored. Of
+AtP* (Kramár et al. 2024) GradDrop is taken: a guess's size is the mean over layers of its sizes with that layer's
+gradient dropped, the node's own left out; its sign is the plain guess's. The fix for queries and keys has nothing to
+mend, as replacing z or an MLP's output leaves the layer's own softmax as it is. A guess is blind where softmaxes are
+saturated, and a node that it misses is missed. Answers of several tokens are differentiated at the first; a stack whose
+gradients take more than 8 GB is halved.
 
-1. AtP* of C by each primary donor that the site has: 48 places, by the better rank on the largest signed mean over
-   conflicts or on the largest mean size. A conflict's size is the mean over layers of the sizes of its guesses with
-   that layer's gradient dropped (GradDrop), the node's own layer left out; its sign is the plain guess's. Of AtP*
-   (Kramár et al. 2024) this is all that applies to a head's z and an MLP's output: replacing them leaves the layer's
-   own softmax as it is, so that the fix for queries and keys (which is `methods.gradients`') has nothing to mend. The
-   protocol ranks by the sign alone; of gates that stand in for each other, which are shut, the gradient's sign is
-   wrong, and that ranking puts them last of all nodes (a slow test shows both).
-2. Plain guesses of carries (the fall of G by `blank_muted`) and silenced (the effect on C by `blank_a` less that by
-   `blank_muted`), by the better rank on either, among heads that have no place yet: 16 places (MLPs are no carriers).
-
-Whatever else is told is exact: of the 64 that are chosen every effect is measured. A guess is blind where softmaxes are
-saturated, and a node that it misses is missed: it counts in the family with p = 1. *Null*: under the control question
-64 nodes that were drawn are measured, and s is the upper bound of what 99% of all nodes stay below (`upper_bound`).
-
-Looks: discovery's conflicts are measured in three parts, in the order of sha256 of "seed:id": a quarter, a quarter,
-half. After the first two a node stops, for futility alone, where the upper 97.5% bounds of its releases, of silenced
-and of carries are all below delta. It has p = 1 and keeps its figures of that look; sets may still take it in.
-`power_lost` bounds the chance that this loses a node which is found four times in five.
-
-Choices where the protocol is silent: of answers of several tokens the first is differentiated; a stack whose gradients
-take more than 8 GB is halved; ties go by layer and head.
+`power_lost` bounds the chance that stopping early loses a node which is found four times in five.
 """
 
 from __future__ import annotations
@@ -147,11 +131,10 @@ def drawn_nodes(nodes: Sequence[Node], seed: int) -> list[Node]:
 
 
 def upper_bound(values: Float[np.ndarray, " node"], percentile: float, *, confidence: float = 0.95) -> float:
-    """Bound a high percentile of what some values were drawn from, from above.
+    """Bound a high percentile of what some values were drawn from, from above; never below their own percentile.
 
-    No order statistic of 64 bounds the 99th percentile (the largest is above it in 47 draws of 100), so that the tail
-    is taken to be exponential above the upper quarter: its mean excess b has 2 k b / (true mean) ~ chi2 with 2 k
-    degrees of freedom, k values being in it. It is never below the percentile of the values themselves.
+    No order statistic of 64 bounds the 99th percentile (the largest is above it in 47 draws of 100). The tail is taken
+    to be exponential above the upper quarter: its mean excess b over k values has 2 k b / (true mean) ~ chi2(2 k).
     """
     ordered = np.sort(values)
     k = max(1, len(ordered) // 4)

@@ -1,22 +1,4 @@
-"""`compare`: did training repair it, and in the same nodes? Two checkpoints on one manifest, paired.
-
-1. Both are isolated (quick, and no further than who is named), or saved runs of both are read.
-2. Refused: other conflicts, sizes, tokenizers or layouts; fewer than 20 conflicts a half that are competent in both.
-3. Behaviour: per conflict B - A of C, G and gap, bounded by the rule that A's deal calls for.
-4. Nodes named in either (`sides`), on conflicts that are held out in both, at A's donor (that of A's largest mean on
-   discovery; B's own where A was not searched), site and threshold: B - A, two-sided p, Holm over them. A node that was
-   named as a member of a set is measured as such: what the set releases less what it releases without the node.
-5. Captions, where both runs wrote them.
-
-Sign: positive means that B has more of it. p is twice the smaller of the two one-sided ones.
-
-Example:
-    ```python
-    found = compare(load("av-tiny"), load("av-tiny-balanced"), conflicts("pairs.jsonl"), out="both")
-    print(found.verdict)
-    compare("both/a", "both/b").nodes
-    ```
-"""
+"""`compare`: did training repair it, and in the same nodes? Two checkpoints on one manifest; protocol section 8."""
 
 from __future__ import annotations
 

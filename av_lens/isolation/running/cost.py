@@ -1,17 +1,10 @@
 """What will a run cost? Time and memory, said before the long work, from a short probe of this model on its conflicts.
 
-The probe reads all cells of the first stack (the run needs them anyway and keeps them) and edits some heads of one cell
-alone. That gives two prices, per conflict: a *cell* (encode, run, read) and an *edit* (one head, replayed from the
-site on). The work of a run is counted in these two (`PARTS`):
-
-    seconds = cells x price of a cell + edits x price of an edit + figures x price of a figure
-
-A *figure* is the bootstrap interval of one column, which costs no run of the model. How many edits a part takes is the
-protocol's own count where that is fixed (every request, every head, cell and mirror). Where it depends on what is found
-(the search for sets, the cards of the named heads), it is what av-tiny took, on which a slow test holds the estimate to
-30%. A model in which more or fewer heads are named takes longer or less.
-
-Memory is the peak so far, which the probe's stack sets, and what is kept of the other conflicts.
+The probe reads all cells of the first stack (the run keeps them) and edits some heads of one cell alone: prices of a
+*cell* (encode, run, read) and an *edit* (one head, replayed from the site on), per conflict. A *figure* is the
+bootstrap interval of one column. The work is counted in these three (`PARTS`), by the protocol's own counts where they
+are fixed. Where they depend on what is found (sets, cards) they are what av-tiny took, on which a slow test holds the
+estimate to 30%.
 """
 
 from __future__ import annotations
@@ -65,18 +58,7 @@ HELD = 24
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is to do.
-
-    Attributes:
-        conflicts: all conflicts.
-        discovery: those of discovery.
-        confirmation: those of confirmation.
-        heads: heads and MLPs of the model.
-        layers: its layers.
-        sites: site sets that are searched.
-        quick: without robustness and pairs.
-        named_only: without all that follows the confirmation.
-    """
+    """How much there is to do; `heads` counts MLPs too."""
 
     conflicts: int
     discovery: int
@@ -139,12 +121,7 @@ def works(size: Size) -> dict[str, Work]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is expected to cost.
-
-    Attributes:
-        parts: seconds by part.
-        gigabytes: memory.
-    """
+    """What a run is expected to cost: seconds by part, and gigabytes of memory."""
 
     parts: dict[str, float]
     gigabytes: float
@@ -198,9 +175,8 @@ def _figure(n: int) -> float:
 def memory(chunk: Chunk, size: Size) -> float:
     """Estimate the peak of memory: what has been used, and what a run keeps of the other conflicts.
 
-    Kept are the encoded cells (those of the variants of robustness too), their stacks with every node's output for both
-    halves, while sets are searched the traces of discovery's conflicts where they fit, and in robustness the weights in
-    the other precision.
+    Kept are the encoded cells (of robustness too), both halves' stacks with every node's output, while sets are
+    searched discovery's traces where they fit, and in robustness the weights in the other precision.
     """
     n, run = len(chunk.examples), chunk.run("va")
     model, tensors = chunk.bench.engine.model, torch.Tensor

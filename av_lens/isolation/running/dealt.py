@@ -1,9 +1,4 @@
-"""Who is dealt where, what is left out, and by which rule are the halves judged? Before the model is asked anything.
-
-Second edition: clips have sources (`inputs.sources`), doubled conflicts are left out, halves share no source, and the
-rule follows from the deal (`results.dealing`, `results.dyadic`). First edition: clips alone, bootstrap and sign flips.
-The third clip w is drawn here, from the conflict's own half, for those that bring none.
-"""
+"""Who is dealt where, what is left out, and by which rule are the halves judged? Before the model is asked anything."""
 
 from __future__ import annotations
 
@@ -26,17 +21,7 @@ EDITIONS = ("1", "2")
 
 @dataclass(frozen=True, eq=False)
 class Dealt:
-    """The conflicts of a run as they were dealt.
-
-    Attributes:
-        conflicts: those that are used, with their third clips.
-        members: what the deal knew of each.
-        halves: where each went.
-        words: each one's two answers, by name.
-        thirds: the source of each one's third clip; "" where it has none.
-        twice: the ids of the conflicts that are left out because an earlier one says the same.
-        edition: of the protocol.
-    """
+    """The conflicts of a run as they were dealt; `twice` names those left out because an earlier one says the same."""
 
     conflicts: list[Any]
     members: list[Member]

@@ -6,12 +6,8 @@
     DIR/estimate.json     what the run was expected to cost, made once (`cost`)
     DIR/numbers/          the finished record
 
-A run that is killed at any moment loses the measurement that it was making; the same command goes on from there, and
-its numbers are those of a run that was never stopped (on the same machine, with as many threads). `conflicts.jsonl` is
-made from the measurements alone. While a run goes on it only grows, by `{"done": part, "seconds": s, "ids": [...]}` for
-each measurement, after what was known when it began or went on. It is written anew, a line for each conflict, when the
-run stops, and when it goes on after a kill, which may have torn its last line. The seconds in it are no part of a run's
-identity.
+`conflicts.jsonl` is made from the measurements alone: while a run goes on it only grows, a line a measurement; it is
+written anew when the run stops, and when it goes on after a kill, which may have torn its last line.
 """
 
 from __future__ import annotations
@@ -138,13 +134,7 @@ def deadline(minutes: float, store: Store, said: Callable[[], str]) -> Callable[
 
 
 class Ledger:
-    """What has been done for each conflict: told line by line, kept in `conflicts.jsonl`.
-
-    Args:
-        folder: the run's folder; None keeps no file.
-        halves: each conflict's half, by id, in the order of the conflicts.
-        told: called with a line for each conflict whose heads' effects are measured.
-    """
+    """What has been done for each conflict: told line by line, kept in `conflicts.jsonl` if there is a folder."""
 
     def __init__(self, folder: Path | None, halves: Mapping[str, str], told: Told | None = None) -> None:
         self.path = None if folder is None else folder / LEDGER

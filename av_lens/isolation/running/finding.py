@@ -1,8 +1,7 @@
 """The record of a run: tables, arrays, summary, provenance; its words are those of `verdicts`.
 
-The table of heads has one row per (head, site, role), its two halves side by side. A member of the chosen set that no
-single release would have named stands there too, with the role, the effect and the test that it has while the other
-members are edited (`members`): its estimand is "release in the set", and its single figures stand beside.
+A member of the chosen set that no single release would have named stands in the table of heads too, with the role, the
+effect ("release in the set") and the test that it has while the others are edited; its single figures stand beside.
 """
 
 from __future__ import annotations

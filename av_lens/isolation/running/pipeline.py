@@ -1,21 +1,4 @@
-"""`isolate`: which heads keep this model from saying what it hears?
-
-In order: deal the conflicts to two halves; write `protocol.json`; read behaviour and stop where there is nothing to
-explain; every head's exact effects on discovery; roles; the set; confirmation, controls and specificity on
-the other half; a verdict in words; what follows (`further`): mechanisms, repair, robustness.
-
-With `out=` everything that costs runs of the model is kept as it is measured: a run that was killed, interrupted or
-stopped at its budget goes on from there when the same call is made again, with the same numbers.
-
-Sign: a positive release means that editing the head lets the model hear more.
-
-Example:
-    ```python
-    found = isolate(model, conflicts("pairs.jsonl"), out="run")
-    print(found.verdict)
-    found.heads
-    ```
-"""
+"""`isolate`: which heads keep this model from saying what it hears? The protocol from deal to verdict, in order."""
 
 from __future__ import annotations
 

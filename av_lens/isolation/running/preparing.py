@@ -1,13 +1,7 @@
 """What a run is before the model is asked anything: who is dealt where, what is asked, and what was fixed.
 
-The conflicts are dealt to two halves, third clips drawn, answers resolved. Criteria, donors, sites, the family of
-tests, the threshold s, seeds and who was dealt where are written down, with their hash, before any head is edited; a
-finding that does not carry this hash was not made by this protocol. Whatever can be refused without running the model
-is refused here.
-
-A run is the same run as another if criteria, seeds, model (weights and configuration), conflicts (files, windows,
-words), number of threads and program are the same; `Run.key` is the hash of all that, and measurements on disk are
-known by it.
+`Run.key` is the hash of criteria, seeds, model (weights and configuration), conflicts (files, windows, words), number
+of threads and program: measurements on disk are known by it. What can be refused without the model is refused here.
 """
 
 from __future__ import annotations
@@ -218,11 +212,7 @@ class Options:
 
 @dataclass(eq=False)
 class Run:
-    """Everything a run knows while it goes on; `s` may be raised when it is measured.
-
-    `answers` says how words are read, and which conflicts are left out for theirs; `refused` are the refusals (kind and
-    sentence) that the run went past, as asked.
-    """
+    """Everything a run knows while it goes on; `s` may be raised when it is measured, `refused` is what it passed."""
 
     bench: Bench
     dealt: Dealt

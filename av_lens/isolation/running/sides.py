@@ -1,8 +1,4 @@
-"""Two checkpoints that are compared: their runs, what is named in either, and its effect in each on held-out conflicts.
-
-What a record does not hold (another model's nodes, members of sets one by one) is measured where the model is given,
-on the conflicts that its own run held out and with that run's own means.
-"""
+"""Two checkpoints that are compared: their runs, and what is named in either, in each on held-out conflicts."""
 
 from __future__ import annotations
 

@@ -1,16 +1,8 @@
-"""What was found, in words with its numbers.
+"""What was found, in words with its numbers (all of confirmation), for the sites that were searched.
 
-A verdict names the sites that were searched. Its kinds, beside those of the gap ("no suppression", "not established";
-interference and dominance are told apart in the first sentence) and of the refusals ("does not hear", ...):
-
-* *named*: suppressors are confirmed, single or as members of a set, and the set restores half of the gap or more (or
-  the heads of largest single release do, and they are twelve or fewer, as many as a set can hold);
-* *spread*: not so, but the heads of largest single release together restore half of the gap, and it takes so many;
-* *nothing named*: nobody is confirmed, and no number of heads restores half of the gap.
-
-The gap is G - C on confirmation, where everything that a verdict says was measured. A head is listed with the role that
-it has alone and the one that it has in the set. Past a refusal (`gate="report"`) a verdict begins with it, says what
-the search would have named, and confirms nothing.
+Kinds beside those of the gap and of the refusals (protocol section 2): *named*, if confirmed suppressors restore half
+of the gap or more (or the heads of largest single release do, at most twelve, as many as a set can hold); *spread*, if
+it takes more heads; *nothing named*, if nobody is confirmed and no number of heads restores half.
 """
 
 from __future__ import annotations

@@ -1,22 +1,9 @@
 """Does it hold on conflicts that played no part in finding it? Named rows, the set, its controls, its side effects.
 
-Everything is fixed on discovery: the rows, their donors, the set and its order, the means. Here the same effects are
-measured on the other half; `found.heads` takes its `effect low high` from here.
-
-* Every donor's set is edited cumulatively on confirmation: its release, and how often the conflict is answered with the
-  sound or with the picture (most likely token of the whole vocabulary).
-* The chosen set is compared with at least 200 random sets (all, where fewer exist), matched by layer and norm
-  (`sets.matching`); and with as many top heads for `see`: those whose zeroing most lowers score(picture's answer) -
-  score(sound's) under `see`. p = (1 + number of random sets with at least the set's release) / (1 + number of random
-  sets); its floor is shown. Confirmed: its release's lower bound is above delta and p <= .05 (in the first edition: it
-  releases more than every random set).
-* *Words.* Clips are new here, words are not. A row that holds is tested once more with the two answers' words for
-  sources: where the lower bound of its release - s G is at or below 0 it is not confirmed, but "on these words"; with
-  fewer than 8 words it is "untested over words".
-* *One donor alone*. A row that holds, but rests on one donor alone (`naming.roles`), is replicated and not confirmed.
-* *Ranked heads*: the heads of largest single release are edited together, 1, 2, 4, ... of them, and then as many as it
-  takes to find, by halving the interval, how many give half of the gap. This says over how many heads the suppression
-  is spread. Where the curve is not monotone it is one crossing of several.
+Protocol sections 5, 7 and 8, with everything fixed on discovery. In the first edition a set is confirmed if it releases
+more than every random set. *Ranked heads*: those of largest single release are edited together, 1, 2, 4, ... of them,
+then as many as it takes to find, by halving, how many give half of the gap: over how many heads is it spread? Where the
+curve is not monotone this is one crossing of several.
 """
 
 from __future__ import annotations
@@ -54,16 +41,9 @@ STATUSES = (CONFIRMED, ONE_DONOR, ON_WORDS, NOT_REPLICATED)
 class Held:
     """What confirmation found; a site is missing where discovery named nothing.
 
-    Attributes:
-        sites: the evidence by site set.
-        searched: the sets that were searched on discovery.
-        roles: the chosen set's members with the roles that they have with the others edited.
-        in_context: their evidence by half.
-        status: what became of each row that got a name, single heads' and members': one of `STATUSES`.
-        words: of rows that hold on new clips what is to be said of words, if anything.
-        holm_p: each row's p after Holm.
-        tables: the rows about sets, by table: `sets`, `members`, `steps`, `synergies`, `ablation`, `specificity`.
-        named: the (layer, head, site) whose single release names a suppressor, or breaks.
+    `roles` and `in_context` are of the chosen set's members with the others edited; `status` is one of `STATUSES` by
+    row, `words` what is to be said of it over words; `named` are the rows whose single release names a suppressor, or
+    breaks.
     """
 
     sites: dict[str, SiteEvidence]
@@ -196,10 +176,7 @@ def _confirm_sets(
 
 
 def ranked_curve(searched: Searched, chunks: Sequence[Chunk], half: Half) -> list[Row]:
-    """Edit the heads of largest release together: how many restore half of the gap? Rows of `ablation` by size.
-
-    Sizes double, then the crossing is closed in by halves.
-    """
+    """Edit the heads of largest release together: how many restore half of the gap? Rows of `ablation` by size."""
     heads, donor = ranked_heads(searched.first)
     goal = 0.5 * half.gap
     rows: dict[int, Row] = {}

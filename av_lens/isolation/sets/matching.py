@@ -1,11 +1,6 @@
 """What is a set compared with? Random sets, matched by layer and by how much each member writes. Protocol section 8.
 
-For each member a node of its kind outside the set, within one layer, whose mean norm of what it writes (|z W_O|, of an
-MLP its output) is within a factor 2 of the member's. Where there are fewer than 20 such sets the pool is widened, step
-by step (`WIDENINGS`). An MLP is last matched by every subset of one layer's heads, of the size whose median joint norm
-is nearest the MLP's; of layers with more than `MOST_SUBSETS` subsets of a size so many are drawn.
-
-First edition: a member without a match within a factor 2 has the 3 nearest heads in norm; where no set of distinct
+Of layers with more than `MOST_SUBSETS` subsets of a size so many are drawn. First edition: where no set of distinct
 heads can be drawn, every pool grows by its next nearest heads within one layer.
 """
 

@@ -1,15 +1,9 @@
 """What does each member of a chosen set do in the set's context? Protocol section 6.
 
 The release of a member of a redundant set is next to nothing while the others stand in for it. So a member h of a set S
-is measured in the run in which S without h is edited (by the set's donor): its release there is
-release(S) - release(S without h); its direct share is that with all later heads' z frozen to that edited run's own; it
-reads picture or sound by the donors `wa` and `vw` for h alone; mere damage is judged by the fall of G and the rise of
-the heard answer, in the same context. Cuts and roles are those of single heads. Discovery gives the roles; confirmation
-confirms them: the same role by the same cuts, mean above delta, Holm's p below .05 over all rows named on discovery,
-single heads and members together.
-
-A member has no q and no max-T p (it was found by a search, not by a test), so its role on discovery is that of the cuts
-alone.
+is measured in the run in which S without h is edited (by the set's donor): its release there is release(S) - release(S
+without h), and its direct share, reads and damage are taken there. Cuts and roles are those of single heads; it has no
+q and no max-T p, as it was found by a search and not by a test.
 """
 
 from __future__ import annotations
@@ -91,10 +85,7 @@ def in_context(
 def _cell_scores(
     chunk: Chunk, cell: str, built: BuiltSet, wanted: Sequence[Request]
 ) -> tuple[Float[np.ndarray, "1 member batch candidate"], Float[np.ndarray, "1 request member batch candidate"]]:
-    """The candidates' scores with all members but one edited, and with each request's edit of that one on top.
-
-    All requests ask the same question.
-    """
+    """Scores with all members but one edited, and with each request's edit (all of one question) of that one on top."""
     engine, candidates = chunk.bench.engine, chunk.bench.candidates
     shape = (len(built.members), len(chunk.examples), candidates.width)
     before, after = np.full((1, *shape), np.nan), np.full((1, len(wanted), *shape), np.nan)

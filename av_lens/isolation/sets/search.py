@@ -1,23 +1,4 @@
-"""Which nodes belong together? Protocol section 6, on discovery.
-
-Heads hide each other: where each of two pairs of heads suffices, no single release shows any of them. Members may be
-MLPs (what is said of a head here holds for them). Once for each primary donor:
-
-1. *Candidates*: all nodes where there are at most 64; else the 64 that `naming.screen` chose, stopped ones too.
-2. *Pair synergy* = release({h, k}) - max(0, release h) - max(0, release k), for all pairs of candidates; above 64 nodes
-   of the 40 of best rank on the exact figures of release (the largest over the donors) or sufficiency.
-3. *Forward*, from the best head and from the five pairs of largest synergy: add the head of largest gain; stop after 3
-   gains in a row below delta (and drop these), or at 12 heads.
-4. *Backward*: take out the head that costs least (of equals the last) while that is less than delta, measuring again
-   after each.
-5. The set of largest release wins (ties by layer and head). Of the donors' sets the one of largest release is *chosen*.
-
-delta = s G of discovery; releases are means over discovery's conflicts. `quick=True` leaves the pairs out, and with
-them the five starts, where a set releases half of the gap without them, or no gap is established.
-
-Choices where the protocol is silent: small gains at the end of a climb that stopped at 12 heads are left to the
-backward steps; a set whose last head releases less than delta is taken apart to nothing, and then that donor has no
-set.
+"""Which nodes belong together? Protocol section 6, on discovery, once for each primary donor.
 
 First edition: above 64 heads all are measured, and the candidates are the 40 of best rank on release, sufficiency or
 attention of the generation position to the video (mean over `va`).
@@ -89,10 +70,7 @@ class Synergy:
 
 @dataclass(eq=False)
 class SearchedSets:
-    """What the search found on discovery: a set per primary donor (`chosen` marks one), its paths and the synergies.
-
-    `in_turn` is what the chosen set loses without each member where all are edited by each donor in turn.
-    """
+    """A set per primary donor (one `chosen`), paths, synergies; `in_turn`: the loss without each member, by donor."""
 
     sets: list[BuiltSet] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -186,10 +164,7 @@ def screened(
 
 
 def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False) -> SearchedSets:
-    """Search sets of heads on discovery, once per primary donor.
-
-    `quick` leaves out pairs, unless a gap that is established stays unexplained: no set releases half of it.
-    """
+    """Search sets on discovery, once per primary donor; `quick` leaves out pairs unless a gap stays unexplained."""
     out = _built(site, half, s=s, pairs=not quick)
     release = 0.0 if out.chosen is None else out.chosen.discovery_release
     established = half.words is not None and float(half.boot.mean(half.G - half.C - LEAST_GAP * half.G).low) > 0
@@ -265,10 +240,7 @@ def _screens(site: SiteEvidence) -> dict[str, Float[np.ndarray, "layer node"]]:
 
 
 def video_attention(chunk: Chunk) -> Float[np.ndarray, "layer node"]:
-    """Average the attention of the generation position to the video (of the mirrored question: the sound), in `va`.
-
-    MLPs have none.
-    """
+    """Average the generation position's attention to the video (mirrored: the sound) in `va`; MLPs have none."""
     inputs = chunk.run("va").inputs
     seen = "audio" if chunk.bench.engine.suppressed == "picture" else "video|image"
     asked, video = ([int(i) for i in inputs.spans[role].positions] for role in ("generation", seen))

@@ -1,24 +1,7 @@
-"""Sets of heads and MLPs edited together: what they release, and what else they break.
+"""Sets of heads and MLPs edited together: what they release, and what else they break (`CONTROLS`, protocol section 8).
 
-Sets that the search asks for nearly always share all members but one. `SetReleases.added` measures a set with each of
-several further heads: the shared members are edited once, and each further head restarts at its own layer. Values are
-releases, [change of M in va - change of M in av] / 2, per conflict.
-
-What a set breaks is told by controls, one item per conflict:
-
-| control | cell, question | right |
-|---|---|---|
-| see | `va`, see | the picture's answer |
-| audio-only | `audio_only`, its own question | the sound's answer |
-| factual heard | `aa`, its own question | the (one) answer |
-| factual seen | `aa`, see | the (one) answer |
-| control | `va`, control | the unedited run's own most likely token |
-| silent video | `v_muted`, its own question | none: the rate of any candidate answer must not *rise* |
-| text-only | the bare question | none: KL(edited || unedited) is reported |
-
-Right means that the most likely token of the whole vocabulary belongs to the answer. Choices where the protocol is
-silent: the donor `blank_muted` is asked the control's own question where the layout is the same (audio alone and bare
-text: the conflict's own question, aligned from the end); `mean_other` is the same z everywhere.
+Sets that the search asks for nearly always share all members but one: `SetReleases.added` edits the shared members
+once, and each further head restarts at its own layer. The likeliest token of the whole vocabulary tells who is right.
 """
 
 from __future__ import annotations
@@ -90,10 +73,7 @@ def cumulative(members: Sequence[Node]) -> list[tuple[Node, ...]]:
 
 @dataclass(eq=False)
 class BuiltSet:
-    """A set built on discovery: members in the order of the search, donor, release there, the start that led to it.
-
-    `widened` says how far the pool of its random sets had to be widened; "" where they match it.
-    """
+    """A set built on discovery, members in the search's order; `widened` says how far its random sets' pool was."""
 
     members: tuple[Node, ...]
     donor: str
@@ -122,14 +102,7 @@ HELD_BYTES = 4e9
 
 @dataclass(eq=False)
 class SetReleases:
-    """Releases of sets by one donor on one half, each measured when first asked for.
-
-    Attributes:
-        chunks: the conflicts, stacked.
-        examples: their order in the results.
-        donor: the donor.
-        tick: called with the number of sets just measured.
-    """
+    """Releases of sets by one donor on one half, each when first asked for; `tick` counts the sets just measured."""
 
     chunks: Sequence[Chunk]
     examples: Int[np.ndarray, " example"]
