@@ -3,19 +3,10 @@
 Answers come as token ids `[example or 1, option, token]`, padded with -1. An option without tokens does not exist for
 that example: it scores minus infinity (its rank: infinity), so that pooling passes over it.
 
-After the header of its turn one model answers "dog" and another " dog"; the other form is a token that is hardly ever
-said, and a metric that reads it measures nothing. So a word is read in the form that the model says:
-
-    p(word, form | input)    the probability of the form's tokens at the asked position (of several: their product)
-    chosen                   the form of the largest median p over all words and all unedited inputs of the call:
-                             one form for all of them
-
-A word whose chosen form has under a hundredth of the median p of another form of that word is refused. Token ids cost
-nothing; words cost one run of the inputs, or none where a trace recorded it. A form of several tokens is at most as
-likely as its first: it is run to its end only where that could change the choice or a refusal; else the bound stands in
-its place, and `Forms.at_most` says so.
-
-Not done: pooling of forms. What a model says in the other forms is part of no score.
+The form of a word is chosen by protocol section 1: after the header of its turn one model answers "dog" and another "
+dog", and a metric that reads the other one measures nothing. A form of several tokens is at most as likely as its
+first: it is run to its end only where that could change the choice or a refusal; else the bound stands in its place
+(`Forms.at_most`). What a model says in the other forms is part of no score.
 """
 
 from __future__ import annotations
@@ -365,10 +356,7 @@ def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer)
 
 
 def known_forms(model: Any, word: str) -> dict[str, tuple[int, ...]]:
-    """Find the tokens of each form of a word, and refuse one that is not known.
-
-    An organism's tokenizer breaks a word that it was never taught, and a number would mean nothing.
-    """
+    """Find the tokens of each form of a word, and refuse one that an organism's tokenizer was never taught."""
     forms = forms_of(model.tokenizer, word)
     if model.grammar is None:
         return forms

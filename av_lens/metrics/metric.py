@@ -2,23 +2,11 @@
 
 A metric reads the logits `[batch, asked_pos, d_vocab]`, whose last position is the generation position, and returns
 `[batch]`. Answers are strings, token ids, lists of either (synonyms) or resolved `Answer`s; `each([...])` gives every
-example its own.
-
-    score(answer)     one token: its logit; synonyms: logsumexp of theirs;
-                      several tokens: the teacher-forced summed log-probability, then for both answers
-    logit_diff(a, b)  score(a) - score(b): positive where a is preferred
-    logit(a)          score(a) by itself
-    log_prob(a)       log P(a); prob(a) = P(a), in [0, 1]
-    rank(a)           how many tokens are likelier than a, 0 for the top; of several tokens the worst
-    kl(reference)     KL(reference || run) in nats, mean over the asked positions
-
-Where two answers have unequal numbers of tokens, both are scored by the *mean* log-probability per token, and the
-metric's `notes` say so. Refused: answers that share their first token or have unequal numbers of synonyms.
-
-A word is read in the form that the model says (`forms`): leading space or not, capital or not. `measure`, `patch` and
-their like look that up on their unedited inputs; elsewhere use `metric.bind(model, x)`. Form and probability stand
-in the result. Token ids, and `Answer(text, ((id, id),))` for several, are taken literally.
-Any callable of logits to `[batch]` may stand where a metric is taken.
+example its own. Scores and the form of a word are those of protocol section 1; where two answers have unequal numbers
+of tokens, both are scored by the *mean* log-probability per token, and the metric's `notes` say so. `measure`, `patch`
+and their like look forms up on their unedited inputs; elsewhere use `metric.bind(model, x)`. Token ids, and
+`Answer(text, ((id, id),))` for several, are taken literally. Any callable of logits to `[batch]` may stand where a
+metric is taken.
 
     >>> import torch
     >>> logit_diff(2, 0)(torch.tensor([[[1.0, 0.0, 4.0]]]))
@@ -210,10 +198,7 @@ class Metric(Brief):
         return one, other
 
     def continuations(self, batch: int) -> list[Int64[Tensor, "batch token"]]:
-        """List the token sequences that have to be run after the prompt, for answers of several tokens.
-
-        One for each option of each answer, padded with its own last token; empty for one-token answers.
-        """
+        """List the token sequences to be run after the prompt, one an option, padded; none for one-token answers."""
         if not self.teacher_forced:
             return []
         return [filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]

@@ -1,13 +1,8 @@
 """The one look of every figure: colours by meaning, readable in light and dark, no global template touched.
 
-Colours carry one meaning each (`av_lens.colours`): blue is the sound, vermilion is the picture, in spans, in bars and
-in the two arms of the diverging scale. Backgrounds are transparent and the ink is a grey that reads on white and on
-near-black; a page that knows its theme sharpens both (`THEMES`, applied by the report's script to traces and shapes
-that say in `meta` what they are).
-
-Labels come from files and people: but for a few tags of ours, what looks like markup in them is shown, not obeyed.
-
-Not measured is never drawn as zero: `hatch` covers such cells with diagonal lines and a legend entry.
+Backgrounds are transparent and the ink is a grey that reads on white and on near-black; a page that knows its theme
+sharpens both (`THEMES`, applied by the report's script to traces and shapes that say in `meta` what they are). But for
+a few tags of ours, what looks like markup in labels is shown, not obeyed. `hatch` marks what was not measured.
 """
 
 import re

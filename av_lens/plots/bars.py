@@ -1,21 +1,9 @@
 """Numbers with their intervals, one row or bar each: shares, answers, cuts beside controls, releases.
 
-Lines are 95% intervals; positive is towards the sound. `attribution`: blue writes for the sound's answer, vermilion for
-the picture's. What is not shown is one bar of its own, so that the bars' sum is the logit difference (for a grid) or
-the sum over all heads (for an isolation).
-
-`behaviour`: above, in logits, what sound and picture do to the answer (E_A, E_V), hearing with nothing to see and under
-conflict (G, C), and the gap between them. Below: how often the right answer is the best, by cell (picture first, sound
-second). Filled marks are the discovery half, open ones the confirmation half; what has no mark was not measured.
-
-`conditions`: a cut that matters stands apart from the dots of its controls. What was not measured (a control that could
-not be matched, a role that is not there) has no dot and says so at its row's end.
-
-`release` is the rise of hearing under conflict (C) when the head's output is replaced by what it would have been had it
-neither seen nor heard (`blank_muted`), had something else been asked (`mean_other`), or by nothing (`zero`). It is
-drawn as a share of G, hearing with nothing to see; positive gives hearing back. A head counts only beyond the dotted
-line, the share that was fixed beforehand. Heads are ranked by their largest release on discovery; where the
-confirmation half was measured, its figures are drawn.
+Lines are 95% intervals; positive is towards the sound. `attribution`'s last bar is what is not shown, so that the bars'
+sum is the logit difference (of a grid) or the sum over all heads (of an isolation). Of `behaviour` filled marks are
+discovery, open ones confirmation. What was not measured has no mark. `release`: a head counts only beyond the dotted
+line, the share of G that was fixed beforehand.
 """
 
 from typing import Any

@@ -1,9 +1,8 @@
 """A circuit as a graph: which nodes, in which layers, how strong, and which of them act through one another.
 
-Every node stands at its layer; members are discs whose area grows with the size of their score, the rest are small grey
-points. Blue members raise m, vermilion ones lower it; with roles, colours and rows are the roles'. A line joins two
-members that act together: solid where they need each other, dotted where they stand in for each other, its width by the
-size of the interaction. Lines whose interval holds 0 are left out.
+Members are discs whose area grows with their score's size, the rest small grey points; blue raises m, vermilion lowers
+it. Members joined by a solid line need each other, by a dotted one stand in for each other; lines whose interval holds
+0 are left out.
 """
 
 from collections.abc import Mapping

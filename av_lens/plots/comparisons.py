@@ -1,10 +1,7 @@
 """Two checkpoints on one manifest: what changed, and in which nodes.
 
-Above, in logits: the change B - A of hearing under conflict (C), of hearing with nothing to see (G) and of the gap,
-over all conflicts that are competent in both. Below: each node that is named in either, in A (open) and in B (filled)
-on held-out conflicts, with the change's interval drawn at B; the dotted line is A's threshold. Nodes whose change holds
-are blue where the model hears more for it (the release is gone or weaker) and vermilion where it hears less. What was
-not measured has no mark.
+A is open, B filled, the change's interval drawn at B, the dotted line A's threshold. A node whose change holds is blue
+where the model hears more for it and vermilion where it hears less. What was not measured has no mark.
 """
 
 from __future__ import annotations

@@ -1,22 +1,13 @@
 """Curves with their intervals: over layers, of what is known where, and of a set on held-out conflicts.
 
-`layers`: attention by role, words under the lens, cuts in windows of layers. Bands are 95% intervals over clusters of
-examples (absent below five clusters). Roles keep the colours that they have in every figure. Heads are averaged. An
-axis of more than twelve labels (positions, windows of time) is drawn as a map of layers by labels instead.
+Bands are 95% intervals over clusters of examples (absent below five). `layers`: heads are averaged; an axis of more
+than twelve labels is drawn as a map of layers by labels instead. `knowledge`: dotted is the null; layers count those
+that the stream has passed. `confirmation`: members are edited in the order fixed on discovery; grey marks are random
+sets, the diamond as many top heads for what is seen, the dotted curve the heads of largest single release together.
 
 ```python
 fig = plots.layers(attention_flow(model, conflicts, queries=("question", "generation")))
 ```
-
-`knowledge`: above, the share of conflicts (`va`) in which the logit lens has the word among the likeliest at some
-position of the span. Below: how often a linear probe tells the class from the span's mean stream, on held-out
-conflicts. Blue is the sound, vermilion the picture; bands are 95% intervals; dotted is the null (other sounds' words,
-shuffled labels). Layers count those that the stream has passed: 0 is before the first.
-
-`confirmation`: the members are edited one after another, in the order fixed on discovery. Above: the release of the
-first k members, in logits, with its interval; the grey marks are random sets of the same size, matched by layer, the
-diamond is as many top heads for what is seen, and the dotted curve the heads of largest single release together (how
-spread is the effect?). Below: how often the model then says the sound's and the picture's answer, among all words.
 """
 
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """Maps: heads by layers, attention token by token, and what each position of an input is.
 
-`heads`: blue raises the sound's answer, vermilion the picture's; zero is the neutral middle, whatever the range. A head
-that was not measured is hatched and says so when pointed at. Values are drawn as given: means over conflicts, in the
-unit that the colour bar names. Nothing is clipped, normalised or sorted.
+`heads`: blue raises the sound's answer, vermilion the picture's; nothing is clipped, normalised or sorted.
 
 ```python
 import numpy as np
@@ -10,13 +8,9 @@ from av_lens import plots
 fig = plots.heads(np.array([[0.0, 1.5], [np.nan, -0.5]]), unit="logits")
 ```
 
-`attention_patterns`: circuitsvis's own notebook view first calls a web server to see whether it is online and then
-loads its script from a CDN. The view returned here always carries the script that was installed with the package.
-
-`spans`: the upper strip colours every position by its leaf role, left to right as the model reads them. The lower panel
-draws, for positions that stand for media, the time they cover: solid on the model's clock (what the position ids say),
-dotted on the source's clock (when the frames or samples behind the token really were). The two differ where a layout
-shifts time; nothing else is derived here.
+`attention_patterns`: circuitsvis's own notebook view first calls a web server and then loads its script from a CDN; the
+view returned here carries the script that was installed with the package. `spans`: solid is the time on the model's
+clock (what the position ids say), dotted on the source's (when the frames or samples behind the token really were).
 """
 
 from collections.abc import Collection, Sequence
@@ -150,11 +144,7 @@ _LESS = "lessThanSignOfAToken"  # circuitsvis writes tokens into a script as the
 
 @dataclass(frozen=True)
 class PatternView:
-    """A drawn pattern: shows itself in Jupyter, and `html` goes into any page.
-
-    Attributes:
-        html: markup and script, self-contained.
-    """
+    """A drawn pattern: shows itself in Jupyter, and `html` (markup and script, self-contained) goes into any page."""
 
     html: str
 

@@ -1,8 +1,4 @@
-"""Which methods find what was planted? One row a method, one mark with its interval for each group of models.
-
-An svg of its own, without scripts or fonts to load, so that a page of documentation shows it wherever it is read; ink
-and marks are the house's, readable on white and near-black. No figure for a group: no mark.
-"""
+"""Which methods find what was planted? One row a method, one mark with its interval for each group of models."""
 
 import itertools
 import math

@@ -1,7 +1,4 @@
-"""What the search found beside the heads, as sections of plain tables: cards, sets, roads, robustness, repair.
-
-A section is left out where the record holds nothing for it. Long tables come folded.
-"""
+"""What the search found beside the heads, as sections of plain tables; one without rows is left out."""
 
 from __future__ import annotations
 
@@ -69,14 +66,7 @@ MAIN_ARMS = ("cut", "cut - equal mass")
 
 @dataclass(frozen=True)
 class Sheet:
-    """One table.
-
-    Attributes:
-        caption: what it shows.
-        columns: its headings, and whether each is a number.
-        rows: its cells as text; the first heads the row.
-        folded: whether it is shown only when asked for.
-    """
+    """One table; a column is its heading and whether it is a number, the first cell heads a row."""
 
     caption: str
     columns: tuple[tuple[str, bool], ...]
@@ -86,17 +76,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Block:
-    """One section of the page.
-
-    Attributes:
-        name: its id on the page.
-        link: its name in the page's menu.
-        title: its heading.
-        text: how to read it, a paragraph each.
-        sheets: its tables; those without rows are left out.
-        figure: the name of a drawing to show first, or "".
-        code: a few lines of code to end with, or "".
-    """
+    """One section of the page: id, menu link, heading, paragraphs, tables; a drawing shown first, code last."""
 
     name: str
     link: str

@@ -26,14 +26,9 @@ from av_lens.results.record import Isolation
 class Calibration:
     """How the instrument did on a model whose guilty heads were planted.
 
-    Attributes:
-        sentence: the outcome in words, with its numbers.
-        passed: whether every planted head came out above every other.
-        model: the planted model's name.
-        heads: one row per head, best rank first: `rank layer head release share planted kind role`; `release` is the
-            largest of the three donors' means on discovery in logits, `share` the same over G.
-        figures: numbers such as `auroc`, `precision_at_k`, `false_names`.
-        verdict: what `isolate` said of that model.
+    `heads` has one row per head, best rank first: `rank layer head release share planted kind role`; `release` is the
+    largest of the three donors' means on discovery in logits, `share` the same over G. `figures` are numbers such as
+    `auroc`; `verdict` is what `isolate` said of that model.
     """
 
     sentence: str
@@ -56,18 +51,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Card:
-    """One clip of the gallery.
-
-    Attributes:
-        id: the conflict's id.
-        sound: the sound's answer.
-        picture: the picture's answer.
-        says: what the unedited model says.
-        half: where the conflict was dealt.
-        source: the clip as a data URI.
-        poster: its middle frame as a data URI.
-        size: of the file, in bytes.
-    """
+    """One clip of the gallery; `says` is the unedited model's word, `source` and `poster` are data URIs."""
 
     id: str
     sound: str
@@ -119,16 +103,7 @@ _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028",
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """One figure of the page.
-
-    Attributes:
-        name: its id on the page and its file's name.
-        title: what it shows.
-        caption: how to read it.
-        figure: the plotly figure.
-        columns: headings of its numbers.
-        rows: its numbers, as text.
-    """
+    """One figure of the page: its id and file name, title, caption, plotly figure, and its numbers as text."""
 
     name: str
     title: str

@@ -1,18 +1,8 @@
 """A finding as one page that a newcomer reads from top to bottom, and that loads nothing; and as a folder.
 
-Verdict first; then how to read it, what the model does, clips to play, the heads, held-out confirmation, calibration
-where the truth is known, what all this does and does not prove, and where it comes from. Figures, their script and the
-clips are inside the file; a content policy in its head forbids the browser any request. Light and dark follow the
-reader's system. Numbers are shown with three figures; the csv files beside the page (`write_bundle`) hold every digit.
-
-Example:
-    ```python
-    write_report(found, "report.html", clips={"0001": clip})
-    ```
-
-`report.html` is the page; `numbers/` is the saved record (csv, json and npz; `Isolation.load` opens it);
-`figures/NAME.json` opens with `plotly.io.read_json` and `figures/NAME.html` in any browser, all sharing one
-`plotly.min.js` beside them.
+Figures, their script and the clips are inside the file; a content policy in its head forbids the browser any request.
+Numbers are shown with three figures; the folder's `numbers/` (the saved record) holds every digit, and
+`figures/NAME.json` opens with `plotly.io.read_json`, `figures/NAME.html` in any browser.
 """
 
 from __future__ import annotations

@@ -151,14 +151,7 @@ def head_name(row: Any) -> str:
 
 @dataclass(frozen=True)
 class Tile:
-    """One large number with its name.
-
-    Attributes:
-        value: the number as text.
-        name: what it is.
-        note: its interval or comparison.
-        tone: "sound", "picture" or "".
-    """
+    """One large number with its name and a note; `tone` is "sound", "picture" or ""."""
 
     value: str
     name: str

@@ -4,25 +4,17 @@
     CPR  = integral of f(C_k) d(k / nodes)              the k nodes with the largest signed scores; larger is better
     CMD  = integral of |1 - f(C_k)| d(k / nodes)        the k nodes with the largest scores in size; smaller is better
 
-with k = max(1, round(share x nodes)) over `SHARES` and trapezoids in k, from the smallest k to the whole model: a
-ranking that is faithful at every k has a CPR of (nodes - k_1) / nodes and a CMD of 0. All are ratios of means over
-examples, and their intervals resample the examples' clips. Where the interval of m(whole) - m(empty) includes 0 there
-is nothing to share and every figure is NaN; with too few clips for an interval the figures are given without one.
-
-Source: MIB, Mueller et al. (2025, 2504.13151); f: Wang et al. (2022).
+with k = max(1, round(share x nodes)) over `SHARES` and trapezoids in k, from the smallest k to the whole model. All are
+ratios of means over examples; where the interval of m(whole) - m(empty) includes 0 every figure is NaN. Source: MIB,
+Mueller et al. (2025, 2504.13151); f: Wang et al. (2022).
 
     >>> sizes(64)
     [1, 3, 6, 13, 32, 64]
 
 `EdgeScores`: a *sender* writes to the residual stream ("embed", "L3H5", "L3 mlp"); a *receiver* reads it ("L4H2.q",
-"L4H2.k", "L4H2.v", "L4 mlp", "logits"; keys and values by query head). The score of an edge estimates what the metric
-does when only this receiver reads this sender as it was in the donor run: positive means that the metric rises. Edges
-that do not exist (the receiver does not come after the sender) are NaN.
-
-    node(u)        = sum of the scores of all edges that leave u
-    closure_error  = donor - baseline - node("embed")     whatever changes enters through the embedding
-
-Means are over examples, intervals resample clusters of examples that share a clip.
+"L4H2.k", "L4H2.v", "L4 mlp", "logits"; keys and values by query head). A score estimates what the metric does when only
+this receiver reads this sender as it was in the donor run; NaN where the receiver does not come after the sender.
+closure_error = donor - baseline - node("embed"): whatever changes enters through the embedding.
 
     >>> scores = EdgeScores.of(
     ...     [[[2.0, -3.0]]], senders=["embed"], receivers=["L0 mlp", "logits"], baseline=[0.0], donor=[-0.5]
@@ -30,28 +22,9 @@ Means are over examples, intervals resample clusters of examples that share a cl
     >>> scores.top(1)["receiver"].item(), float(scores.closure_error[0])
     ('logits', 0.5)
 
-A `Circuit`'s scores are *contributions*, in the unit of m: m(whole) - m(the node replaced), turned so that a positive
-score moves m from the empty model towards the whole one, whichever way that is. `values` holds every per-example number
-behind the tables:
-
-    scores[example, empty, node]           contributions (one example where scores were given as means)
-    place[empty, order, node]              each node's place in the order, 0 first; "signed" and "magnitude"
-    m[example, empty, order, k]            m of the k first nodes; whole[example] and bare[example, empty] beside
-
-The tables:
-
-    nodes         every node: score and interval, its place, whether it is a member, in what share of bootstraps it is
-    curve         f of the k first nodes, by empty donor and order
-    areas         span = m(whole) - m(empty), f of the circuit, CPR and CMD; beside them the mean of random orders, and
-                  p = (1 + random orders that do as well) / (1 + random orders)
-    completeness  f(C without K) beside f(model without K), for sets K of members
-    minimality    for each member what it adds to f, beside the set K removed in which it adds most
-    links         for every two members what one adds to f beside the other less what it adds without it, and whether
-                  they need each other or stand in for each other
-    stability     overlap (Jaccard) of the k first nodes with those of resampled conflicts
-    random        each random draw: its CPR and CMD, and f of a circuit with the circuit's own number in every layer
-
-Edge scores and circuits are saved as netCDF, without pickle.
+A `Circuit`'s scores are m(whole) - m(the node replaced), turned so that a positive score moves m from the empty model
+towards the whole one. Its `values`: `scores[example, empty, node]`, `place[empty, order, node]` (0 first; orders
+"signed" and "magnitude"), `m[example, empty, order, k]` of the k first nodes, `whole[example]`, `bare[example, empty]`.
 """
 
 from __future__ import annotations
@@ -144,11 +117,10 @@ RANKS = ("magnitude", "positive", "negative")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeScores(Measured):
-    """Scores of edges; see the module for names, sign and closure.
+    """Scores of edges: positive means that the metric rises when the receiver reads the sender as in the donor run.
 
     Attributes:
-        values: `[example, sender, receiver]`, or `[example, span, sender, receiver]` where edges are told apart by the
-            positions at which they act.
+        values: `[example, sender, receiver]`, or `[example, span, sender, receiver]` where edges are told apart by span.
         baseline: the metric of the run that an edge's change is imagined in, `[example]`.
         donor: the metric of the run that the change comes from, `[example]`.
         clusters: the cluster of each example.
@@ -297,18 +269,18 @@ TABLES = ("nodes", "curve", "areas", "completeness", "minimality", "links", "sta
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit(Saved):
-    """A circuit and its evidence; see the module for what each table says.
+    """A circuit and its evidence.
 
     Attributes:
         values: the per-example numbers.
-        nodes: one row for each candidate, best first.
-        curve: f over sizes.
-        areas: CPR and CMD.
-        completeness: sets of members taken away.
-        minimality: what each member adds.
-        links: how every two members act together.
-        stability: overlap over bootstraps.
-        random: the random baseline.
+        nodes: every node, best first: score, place, whether it is a member, in what share of bootstraps it is.
+        curve: f of the k first nodes, by empty donor and order.
+        areas: span = m(whole) - m(empty), f, CPR and CMD, beside random orders' mean and p = (1 + as good) / (1 + all).
+        completeness: f(C without K) beside f(model without K), for sets K of members.
+        minimality: what each member adds to f, beside the set K removed in which it adds most.
+        links: for every two members what one adds beside the other less what it adds without it.
+        stability: overlap (Jaccard) of the k first nodes with those of resampled conflicts.
+        random: each random draw's CPR, CMD, and f with the circuit's own number of nodes in every layer.
         what: m in words.
         unit: its unit.
         provenance: how it was made.

@@ -1,18 +1,9 @@
 """`Comparison`: did training repair it, and in the same nodes? Two checkpoints A and B on one manifest, paired.
 
-    change = B - A, conflict by conflict, of those that are competent in both
-
-* `behaviour`: hearing under conflict (C), with nothing to see (G) and the gap, by half and over both.
-* `nodes`: what is named in either, on held-out conflicts, at A's donor, site and threshold: the effect in A, in B, the
-  change with its interval, a two-sided p, and Holm's p over all of them. `outcome` is "unchanged" unless Holm's p is
-  below .05; then "gone" (from above A's delta to within it), "weaker", "new" (the other way round) or "stronger";
-  "not measured" where one of the two is missing.
-* `captions`: rates of captions that name what is heard, what is seen, another answer; of the arm "set" each model has
-  its own.
-* `conflicts`: C and G of every conflict that is competent in both.
-
-Sign: positive changes mean that B has more of it; figures are logits, of captions rates. Not measured is NaN. Saved as
-netCDF, without pickle.
+`outcome` of a node is "unchanged" unless Holm's p is below .05; then "gone" (from above A's delta to within it),
+"weaker", "new" (the other way round) or "stronger"; "not measured" where one of the two is missing. Of `captions` of
+the arm "set" each model has its own. Positive changes mean that B has more of it; figures are logits, of captions
+rates. Not measured is NaN.
 """
 
 from __future__ import annotations

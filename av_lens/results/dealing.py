@@ -1,27 +1,7 @@
-"""How are conflicts dealt to two halves that share no source, and what can a design show?
+"""How are conflicts dealt to two halves that share no source, and what can a design show? Protocol section 7.
 
-A *source* is what was recorded once (`inputs.sources`). Sources are the nodes of a graph and conflicts its edges: a
-conflict joins its sound's source to its picture's. Conflicts that share a source, directly or through others, form a
-*component*. `deal_sources` decides once, before a model is asked anything:
-
-1. Components are dealt whole, largest first, ties by hash(seed, id), each to the half with fewer conflicts of the
-   component's sound answers, then to the half with fewer conflicts, then to discovery. If each half then has 20
-   components, none of them above a tenth of its half, the rule is "components".
-2. Else sources are shared, and sources are dealt; the rule is "dyadic" (`results.dyadic`). Discovery grows from the
-   source of smallest hash(seed, source), each time by the source with most conflicts into it (ties: fewest conflicts
-   in all, then hash), until it holds half of the sources, rounded down; the rest is confirmation. Then, while one
-   leaves fewer conflicts across, the best swap of a pair is made (ties by hash: discovery's source, then the other's).
-   Conflicts across the halves are given up and counted.
-
-`deal` is the first edition's: clips instead of sources, and before step 1 a component with more than 40% of the
-remaining conflicts loses the conflict of smallest hash among its bridges (edges whose removal parts it), or, where it
-has none, the conflict of smallest hash, until none is above 40%.
-
-The hash is sha256 of "seed:id"; a component's is the smallest of its conflicts'. The deal depends on the sources, the
-ids and the seed alone, never on a model, so that two models are searched and confirmed on the same halves.
-
-`design_of` says what conflicts can show before anything is run: how many there are in each half, by which rule they
-are judged, and whether a verdict can come of them.
+Sources are the nodes of a graph and conflicts its edges. The deal depends on the sources, the ids and the seed alone,
+never on a model, so that two models are searched and confirmed on the same halves.
 
 Example:
     ```python
@@ -61,10 +41,7 @@ MORE_SOURCES = "Use more sources, or let `av-lens pairs` make disjoint conflicts
 
 @dataclass(frozen=True)
 class Member:
-    """What dealing needs to know of a conflict: its id, its two sources, its sound's answer, its question.
-
-    In the first edition the sources are the clips themselves.
-    """
+    """What dealing needs to know of a conflict; in the first edition the sources are the clips themselves."""
 
     id: str
     sound_clip: str
@@ -161,7 +138,7 @@ def _dealt(conflicts: Sequence[Member], groups: list[list[int]], order: Mapping[
 
 
 def deal_sources(conflicts: Sequence[Member], *, seed: int) -> Halves:
-    """Deal conflicts to two halves that share no source, as the module says."""
+    """Deal conflicts to two halves that share no source (protocol section 7)."""
     order = _hashes(conflicts, seed)
     edges = {i: conflict.sources for i, conflict in enumerate(conflicts)}
     whole = _dealt(conflicts, components(edges), order, seed)
@@ -243,17 +220,10 @@ def standing(n_conflicts: Sequence[int], n_components: Sequence[int], *, n_sourc
 
 @dataclass(frozen=True)
 class Design:
-    """What conflicts can show: each count for discovery and confirmation.
+    """What conflicts can show, for discovery and confirmation; `n_across` and `n_doubled` are given up.
 
-    Attributes:
-        n_conflicts: conflicts a half.
-        n_components: components a half.
-        n_sources: sources a half.
-        n_across: conflicts given up because their sources were dealt to different halves.
-        n_doubled: conflicts that say nothing that an earlier one does not.
-        rule: "components" or "dyadic".
-        standing: "firm" (a verdict can come of it), "exploratory" or "refused".
-        smallest: the smallest effect that discovery finds, in standard deviations; infinite where none could pass.
+    `standing` is "firm" (a verdict can come of it), "exploratory" or "refused"; `smallest` is the smallest effect that
+    discovery finds, in standard deviations, infinite where none could pass.
     """
 
     n_conflicts: tuple[int, int]

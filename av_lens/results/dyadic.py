@@ -1,40 +1,11 @@
-"""How sure are we of a mean where conflicts share sources: clips that are used several times, or words?
+"""How sure are we of a mean where conflicts share sources, or words? Protocol section 7 has the formulas.
 
-Each conflict i counts some sources (its sound's and its picture's; of an effect that uses the third clip, that one's
-too; or the two answers' words). Two conflicts that share a source are not independent. With e_i = x_i - mean and u_s
-the sum of e over source s:
+`Dyadic` is the rule of shared sources, `Components` that of disjoint ones (`results.statistics`; where the skewness of
+the components' sums is below 0 flips find too much, docs/type_one.md). They and the first edition's `Bootstrap` answer
+the same questions (`Inference`), each for values `[example, ...]` that are NaN where not measured.
 
-    v  = sum of e_i e_j over ordered pairs (i, j) that share at least one source, i = j included, over n^2,
-         not below sum e_i^2 / n^2, times S / (S - 1), S = sources
-    g  = (sum_s u_s^3 - sum_P (k_P - 1) e_P^3) / n^3 / v^1.5,
-         P = the conflicts with one set of k_P sources, e_P their sum
-    t  = mean / sqrt(v),    t' = t + g/6 + g t^2/3 + g^2 t^3/27
-    df = max(3, [(sum w)^2 / sum w^2 - 1] / 2), w = conflicts a source
-
-* **p.** One-sided, of t' by Student's t with df degrees of freedom. Large positive means give small p.
-* **Intervals.** t' inverted: t(c) = (3/g) [(1 + g (c - g/6))^(1/3) - 1] at c = +-t_df(.975); a mean lies between
-  mean - t(c) sqrt(v) and mean - t(-c) sqrt(v). A ratio r of means x/y is bounded by e_i = (x_i - r y_i) / mean(y), a
-  figure of several means by its first derivatives. Below 5 sources: NaN.
-* **Max-T.** 5,000 draws; a conflict weighs the product of its sources' multinomial counts; the largest over tests of
-  (weighted mean - mean) / sqrt(v) against t'; p = (1 + count) / (1 + draws).
-
-`Components` is the rule where conflicts do not share sources to speak of: bootstrap and sign flips of components
-(`results.statistics`). Sign flips let too much through where the components' sums are skewed to the left
-(docs/type_one.md), so that there, where g < 0, p and max-T are those of t' with every component one source.
-
-Both rules, and the first edition's `Bootstrap`, answer the same questions (`Inference`): `mean`, `ratio`, `derived`,
-`test`, `smallest_effect`, `deviation`, each for values `[example, ...]` that are NaN where not measured; `rule` is the
-rule in words.
-
-Sources: Aronow, Samii and Assenova (2015), cluster-robust variance for dyadic data; Hall (1992), removal of skewness
-by a monotone transformation; Owen (2007), the pigeonhole bootstrap.
-
-Example:
-    ```python
-    rule = Dyadic.of([("clip1", "clip2"), ("clip2", "clip3"), ...])
-    rule.mean(effects)                  # Interval(value, low, high)
-    rule.test(effects).p
-    ```
+Sources: Aronow, Samii and Assenova (2015), cluster-robust variance for dyadic data; Hall (1992), removal of skewness by
+a monotone transformation; Owen (2007), the pigeonhole bootstrap.
 """
 
 from __future__ import annotations
@@ -301,8 +272,8 @@ def drawn_again(
 ) -> tuple[Int[np.ndarray, " row"], list[int], Inference, Inference | None]:
     """Draw a half again, with replacement: its components, or its sources where these are shared.
 
-    Gives the conflicts' rows, their components and the two rules of what was drawn. Copies of a conflict share the
-    third clip's source, and where sources are drawn all others with it, which can only widen intervals.
+    Copies of a conflict share the third clip's source, and where sources are drawn all others with it, which can only
+    widen intervals.
     """
     numbers = np.asarray(components)
     if isinstance(rule, Dyadic) and rule.unit == SOURCE:

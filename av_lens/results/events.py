@@ -1,21 +1,8 @@
 """Which events does a text name? A stated lexicon: every event with its words, found as whole words.
 
-A lexicon maps an event to its synonyms ("dog": "dog", "dogs", "puppy", "barking"); the event's own name is one of its
-words. Matching ignores case, takes a word's plain plural ("siren" finds "sirens", "church bell" finds "church bells")
-and nothing else: what is not listed is not found. Of overlapping matches the longest counts, so that "guitar" is not
-found in "bass guitar" where that is an event of its own.
-
-With the events that are truly heard and seen,
-
-    heard          share of the heard events that the text names
-    seen           share of the seen events that the text names
-    hallucinated   share of the events named that are neither heard nor seen; NaN where no event is named
-
-An event both heard and seen counts in both. Not done: negations ("no dog"), and whether the text says that it hears
-what it names.
-
-`Lexicon.of_sounds` is the one that ships (`sounds.txt`): some 240 kinds of sound, each with the word that a model would
-say for it, and under which of them each class of ESC-50 and VGGSound falls, and each class of AudioSet's top level.
+Matching ignores case, takes a word's plain plural ("siren" finds "sirens") and nothing else; of overlapping matches the
+longest counts ("guitar" is not found in "bass guitar"). An event both heard and seen counts in both shares; the share
+hallucinated is of the events named, NaN where none is. Not done: negations ("no dog").
 
     >>> lexicon = Lexicon.of({"dog": ["puppy", "barking"], "siren": []})
     >>> [match.event for match in lexicon.found("A PUPPY, then sirens.")]

@@ -1,14 +1,7 @@
-"""The mirrored question in words and names: sound and picture, hearing and seeing change places.
+"""The mirrored question in words and names: sound and picture, hearing and seeing change places, both ways.
 
-`isolate(suppressed="picture")` searches conflicts whose sound and picture have changed places, so that all that
-measures and judges stands once. What it calls `blank_a` (nothing to see, the sound that is asked for) is then `v_muted`
-(nothing to hear, the picture that is asked for), a "picture writer" is a "sound writer", and so on; `exchanged` says
-which is which, both ways. Names of sites ("audio") are positions and stay.
-
-Example:
-    ```python
-    exchanged("reads picture")      # "reads sound"
-    ```
+So all that measures and judges stands once: "reads picture" is "reads sound". Names of sites ("audio") are positions
+and stay.
 """
 
 from __future__ import annotations

@@ -4,23 +4,15 @@
     effects     values - baseline: what the edit changed; 0 where nothing was changed
     normalized  effects / (donor - baseline): 0 at the run that was edited, 1 at the donor
 
-`baseline` is the metric of the run that was edited, `donor` that of the run the values came from, both per example. In
-a grid of *shares* (direct attribution) nothing is edited: `effects` are the values themselves, `baseline` is the metric
-that they sum to, and `closure_error` what is missing. Not measured is NaN.
-
-Means are over examples; intervals resample *clusters* of examples that share a clip, and are NaN below 5 clusters.
-A grid is saved as netCDF, without pickle, with its provenance and a schema version.
+In a grid of *shares* (direct attribution) nothing is edited: `effects` are the values themselves, `baseline` is the
+metric that they sum to, and `closure_error` what is missing. Not measured is NaN. Intervals resample *clusters* of
+examples that share a clip. Grids, and `Tabled` grids with their rows, are saved as one netCDF file, without pickle.
 
     >>> import numpy as np
     >>> grid = Grid.of([[1.0, 3.0]], axes={"layer": [0, 1]}, baseline=[1.0], donor=[5.0], metric="logit_diff")
     >>> grid.effects.values.tolist(), grid.normalized().values.tolist()
     ([[0.0, 2.0]], [[0.0, 0.5]])
-
-`grid` holds the figures with their intervals, `rows` what they are means of, for reading and for figures of one's own.
-Both are saved in one netCDF file, without pickle.
-
     >>> import pandas as pd
-    >>> from av_lens.results.grid import Grid
     >>> grid = Grid.of([[0.5]], axes={"figure": ["heard"]}, baseline=[0.0], metric="heard")
     >>> Tabled(grid, pd.DataFrame({"example": [0], "text": ["a dog"]})).to_frame()["text"].tolist()
     ['a dog']

@@ -5,9 +5,7 @@ with n conflicts a half where
 
     n >= ((t_df(1 - level / family) + z(power)) d / m)^2,  df = (n - 1) / 2
 
-which is the test of disjoint conflicts by t' at the first step of the ladder (one true effect), and where n components
-could pass at all (sign flips: 2^-n x family <= level). A verdict needs 60 conflicts a half besides. A pilot's own mean
-is uncertain: `cautious` is the number for its lower one-sided 80% bound, infinite where that is not above 0.
+and n components could pass at all (2^-n x family <= level). A verdict needs 60 conflicts a half besides.
 
 Example:
     ```python
@@ -37,12 +35,7 @@ MOST = 10**6
 class Needed:
     """How many conflicts in all, both halves together, for an effect as large as a pilot's.
 
-    Attributes:
-        pilot: conflicts of the pilot.
-        mean: the pilot's mean.
-        deviation: its standard deviation.
-        conflicts: how many are needed.
-        cautious: how many for the lower bound of the mean; infinite where it is not above 0.
+    `cautious` is the number for the lower one-sided 80% bound of the pilot's mean, infinite where it is not above 0.
     """
 
     pilot: int

@@ -1,7 +1,4 @@
-"""Where a result came from, and results as netCDF files: one door in, which refuses what is not whole, and one out.
-
-A result without its provenance cannot be repeated; every saved result carries one, with a schema version.
-"""
+"""Where a result came from, and results as netCDF files: one door in, which refuses what is not whole, and one out."""
 
 import hashlib
 import json
@@ -136,10 +133,7 @@ def write_netcdf(data: xr.Dataset | xr.DataArray, path: Path) -> None:
 
 @contextmanager
 def opened(path: str | Path, schema: str, version: int, *, what: str) -> Generator[xr.Dataset, None, None]:
-    """Read a saved result whole; whatever fails while it is read, or while a result is made of it, is said of the file.
-
-    Memory: a file is not compressed, so what it holds takes at most `TIMES` its size.
-    """
+    """Read a saved result whole (at most `TIMES` the file's size); whatever then fails is said of the file."""
     with foreign_file(path, what):
         # No mmap: the file may be written again, or removed, while the result is in use.
         options: dict[str, Any] = {"backend_kwargs": {"mmap": False}, "decode_times": False, "decode_timedelta": False}

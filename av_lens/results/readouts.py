@@ -1,25 +1,12 @@
 """`LensReadout` and linear probes: what every layer's stream would say, and what can be read from it.
 
-`LinearProbe`: vectors are standardized by the training set's mean and standard deviation; the probe is a multinomial
-logistic regression with an L2 penalty (1 / C). Where vectors are longer than there are training examples, they are
-first turned into the training set's own row space, which leaves the fitted probe the same (the penalty keeps it inside
-that space) and makes it quick.
-
-*Control labels* (Hewitt and Liang, 2019): every source gets a label drawn at random, the same wherever it occurs, the
-labels' frequencies kept. A probe that reads them has memorized sources; accuracy minus control accuracy is its
-*selectivity*.
-
-Source: Alain and Bengio (2016); Hewitt and Liang (2019). scikit-learn fits.
-`LensReadout`:
-
-    ranks            how many tokens are likelier than a word, 0 for the top       [example, word, layer, pos]
-    probabilities    the word's probability                                        [example, word, layer, pos]
-    top              the likeliest tokens                                          [example, layer, pos, place]
+A probe is a multinomial logistic regression (scikit-learn) of standardized vectors. Where they are longer than there
+are examples, they are first turned into the training set's row space: the L2 penalty keeps the probe inside it anyway.
+*Control labels*: every source gets a label drawn at random, the same wherever it occurs, the labels' frequencies kept;
+accuracy minus control accuracy is the *selectivity*. Sources: Alain and Bengio (2016); Hewitt and Liang (2019).
 
 *Latent understanding* of a word in one example: 1 where its rank is below k at some of the positions and layers that
-were read, else 0. A maximum over hundreds of readings is often high by chance, so the same maximum is taken for other
-sounds' words on the same example ("others", their mean), and the difference is the figure to be reported ("excess").
-"said" is 1 where the first word is the likeliest token of the whole vocabulary at the asked position, at the end.
+were read, else 0; "others" is the mean of the same maximum for other sounds' words, "excess" the difference.
 """
 
 from __future__ import annotations
@@ -50,14 +37,7 @@ _ITERATIONS = 20_000  # a bound, not a cost: at a checkpoint's width, few domina
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearProbe(Brief):
-    """A fitted probe.
-
-    Attributes:
-        mean: of the training vectors.
-        scale: their standard deviation.
-        basis: the training set's row space, or None where vectors are short.
-        regression: scikit-learn's.
-    """
+    """A fitted probe; `basis` is the training set's row space, or None where vectors are short."""
 
     mean: Float[np.ndarray, " feature"]
     scale: Float[np.ndarray, " feature"]

@@ -1,26 +1,9 @@
 """What did an isolation find, in which tables, and can it be opened again years later?
 
 `TABLES` is the whole schema: table -> column -> kind, a kind being "text", "int", "float" or "flag" (true or false).
-`table` builds one, typed, with missing figures NaN (never 0) and missing words empty; `read_table` opens the csv that
-pandas wrote. Signs and units are the record's (`av_lens.results.record`).
-
-`Isolation` is the whole finding as data: the verdict in words, the named heads with their evidence, the set and its
-controls, behaviour, every head's effects on every conflict, the protocol that was written beforehand and where it all
-came from. It is saved as json (words, protocol, provenance, the tables' columns), csv (tables) and npz (arrays), with a
-schema version and without pickle.
-
-Sign: every effect is on the model's hearing. Positive means that the edit gives hearing back, so a positive
-*release* belongs to a head that keeps the sound from being said. Figures are logits unless a column says share
-(of G, hearing with nothing to see) or rate. Not measured is NaN.
-
-Not done here: no model, no statistics, no figures (`found.report` hands itself to the room that writes pages).
-
-Example:
-    ```python
-    found.save("out")
-    again = Isolation.load("out")
-    again.heads.query("confirmed")
-    ```
+Saved are json (words, protocol, provenance, columns), csv (tables) and npz (arrays), with a schema version and without
+pickle. Positive effects mean that the edit gives hearing back. Figures are logits unless a column says share (of G) or
+rate. Not measured is NaN, missing words are empty.
 """
 
 from __future__ import annotations

@@ -1,28 +1,11 @@
-"""How sure are we of a mean, a share, a hundred heads at once?
+"""How sure are we of a mean, a share, a hundred heads at once? Protocol sections 7 and 8.
 
-Conflicts share clips, so they are not independent. What is resampled or flipped is therefore the *component* (conflicts
-that share clips), never the conflict:
-
-* **Intervals.** 5,000 bootstrap draws, percentile, 95%. With at least 20 components a draw is a multinomial count
-  of components; with fewer it is a multinomial count of source clips, a conflict weighing the product of its two
-  clips' counts. A mean is sum(w x) / sum(w); a ratio of means is sum(w x) / sum(w y) in every draw. Below 5 clips: NaN.
-* **p.** One-sided sign flips: under the null the sum of each component's values is symmetric about 0 (or below).
-  Exact up to 2^16 flips, else sampled, (1 + count) / (1 + flips). Large positive means give small p.
-* **Families.** Benjamini-Hochberg q, Holm p, and max-T: each test's T = sum / sqrt(sum of squares of the component
-  sums), which no flip changes below the line, against the largest T of the whole family in the same flip.
-* **Harm.** The one-sided 95% bound of a fall in accuracy: the larger of the bootstrap's and Clopper-Pearson's on the
-  share that was right before and wrong after. Below 59 items: untested (59 items without one failure are the fewest
-  that bound the share below 5%: .95^59 < .05).
-
-Values are `[example]` or `[example, ...]`; NaN examples are left out of that column; a column of NaN gives NaN.
+What is resampled or flipped is the *component* (conflicts that share clips), never the conflict. Max-T: each test's T =
+sum / sqrt(sum of squares of the component sums), against the largest T of the whole family in the same flip. Large
+positive means give small p; sampled, p = (1 + count) / (1 + flips). Harm: 59 items without one failure are the fewest
+that bound the share below 5% (.95^59 < .05). NaN examples are left out of that column; a column of NaN gives NaN.
 
 Sources: Westfall and Young (1993) for max-T; Benjamini and Hochberg (1995); Holm (1979); Clopper and Pearson (1934).
-
-Example:
-    ```python
-    boot = Bootstrap.draw(components, sound_clips, picture_clips, seed=0)
-    boot.mean(effects)          # Interval(value, low, high), each of effects' shape without `example`
-    ```
 """
 
 from __future__ import annotations
@@ -56,11 +39,7 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Bootstrap:
-    """Resampling weights, drawn once and shared by every figure of a half.
-
-    `unit` is "component" or "clip"; `clips` numbers the source clips of each conflict's sound and picture, `groups` the
-    conflicts' components, if known.
-    """
+    """Resampling weights, drawn once and shared by every figure of a half; `unit` is "component" or "clip"."""
 
     weights: Float[np.ndarray, "draw example"]
     unit: str
@@ -306,10 +285,9 @@ def non_inferiority(
 
 
 def smallest_effect(n: int, *, family: int, level: float = 0.05, power: float = 0.8) -> float:
-    """Find the smallest effect that n components and a family of this size can show.
+    """Find the smallest effect that n components and a family of this size can show (in standard deviations).
 
-    Normal approximation at the first step of the ladder (one true effect: p must be below level / family):
-    (z(1 - level / family) + z(power)) / sqrt(n).
+    Normal approximation at the ladder's first step (one true effect): (z(1 - level / family) + z(power)) / sqrt(n).
     """
     if n < 1 or 2.0**-n > level / family:
         return math.inf
