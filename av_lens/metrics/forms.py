@@ -121,14 +121,7 @@ class Each:
 
 
 def each(answers: Sequence[AnswerLike | Answer]) -> Each:
-    """Give every example of a stack its own answer.
-
-    Args:
-        answers: the answers in the order of the examples.
-
-    Returns:
-        What `logit_diff`, `log_prob`, `prob` and `rank` take in an answer's place.
-    """
+    """Give every example of a stack its own answer, in order: what `logit_diff`, `log_prob` and the like then take."""
     return Each(tuple(answers))
 
 
@@ -278,7 +271,6 @@ class Reading:
 
     @torch.no_grad()
     def _begin(self, number: int) -> None:
-        """Keep the probability of every form's first token in one block."""
         words = {word for example, word in self.rows if self.places[example][0] == number}
         tokens = sorted({ids[0] for word in words for ids in self.ids[word].values()})
         if not tokens:
@@ -294,7 +286,6 @@ class Reading:
 
     @torch.no_grad()
     def _run(self, rows: Iterable[int], form: str) -> None:
-        """Run a form of several tokens to its end, wherever these rows ask for it."""
         wanted = {(self.places[self.rows[n][0]][0], self.ids[self.rows[n][1]][form]) for n in rows}
         for number, ids in sorted(wanted - self._known.keys()):
             x = self._input(number)

@@ -204,10 +204,7 @@ class Metric(Brief):
         return [filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]
 
     def reduce(self, number: int, logits: Float[Tensor, "batch token d_vocab"]) -> Float[Tensor, " batch"]:
-        """Score the continuation of this number by the logits before each of its tokens.
-
-        Minus infinity (rank: infinity) where an example has no such option.
-        """
+        """Score this continuation by the logits before its tokens; no such option: minus infinity (rank: infinity)."""
         options = [ids[:, i] for ids in self._bound() for i in range(ids.shape[1])]
         tokens = options[number].to(logits.device).expand(logits.shape[0], -1)
         if self.kind == "rank":

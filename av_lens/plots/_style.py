@@ -1,8 +1,8 @@
 """The one look of every figure: colours by meaning, readable in light and dark, no global template touched.
 
-Backgrounds are transparent and the ink is a grey that reads on white and on near-black; a page that knows its theme
-sharpens both (`THEMES`, applied by the report's script to traces and shapes that say in `meta` what they are). But for
-a few tags of ours, what looks like markup in labels is shown, not obeyed. `hatch` marks what was not measured.
+The ink is a grey that reads on white and on near-black; a page that knows its theme sharpens it (`THEMES`, by the
+report's script, in traces and shapes that say so in `meta`). But for a few tags of ours, what looks like markup in
+labels is shown, not obeyed.
 """
 
 import re

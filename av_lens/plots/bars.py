@@ -155,7 +155,6 @@ def _label(cell: str) -> str:
 
 
 def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, axis: str, legend: bool) -> None:
-    """Add one panel: a mark and an interval per quantity and half."""
     for half, symbol, offset in (("discovery", "circle", -0.14), ("confirmation", "circle-open", 0.14)):
         rows = frame[frame["half"] == half].drop_duplicates("key").set_index("key")
         kept = [place for place, name in enumerate(quantities) if name in rows.index]

@@ -70,7 +70,6 @@ def circuit(
 
 
 def _named(roles: Any, known: set[str]) -> dict[str, str]:
-    """The role of each node by its name."""
     if roles is None:
         return {}
     listed: Any = roles
@@ -125,7 +124,6 @@ def _draw_links(fig: Any, found: Any, at: dict[str, tuple[float, float]], least:
 
 
 def _texts(found: Any) -> list[str]:
-    """What a node says under the pointer."""
     needed = {row["node"]: row for row in found.minimality.to_dict("records")}
     texts: list[str] = []
     for row in found.nodes.to_dict("records"):

@@ -48,7 +48,6 @@ def changes(found: Any, *, title: str | None = None) -> Any:
 
 
 def _nodes(fig: Any, nodes: Any, names: list[str], found: Any, *, height: int, split: float) -> None:
-    """Draw the lower panel."""
     shades = [SHADES.get(outcome, colours.GREY) for outcome in nodes["outcome"]]
     for letter, name, symbol in (("a", found.a, "circle-open"), ("b", found.b, "circle")):
         values = nodes[letter].astype(float).tolist()

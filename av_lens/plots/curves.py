@@ -1,13 +1,9 @@
 """Curves with their intervals: over layers, of what is known where, and of a set on held-out conflicts.
 
 Bands are 95% intervals over clusters of examples (absent below five). `layers`: heads are averaged; an axis of more
-than twelve labels is drawn as a map of layers by labels instead. `knowledge`: dotted is the null; layers count those
-that the stream has passed. `confirmation`: members are edited in the order fixed on discovery; grey marks are random
-sets, the diamond as many top heads for what is seen, the dotted curve the heads of largest single release together.
-
-```python
-fig = plots.layers(attention_flow(model, conflicts, queries=("question", "generation")))
-```
+than twelve labels is drawn as a map. `knowledge`: dotted is the null. `confirmation`: members are edited in the order
+fixed on discovery; grey marks are random sets, the diamond as many top heads for what is seen, the dotted curve the
+heads of largest single release together.
 """
 
 from dataclasses import replace
@@ -75,7 +71,6 @@ def layers(
 
 
 def _panels(title: str | None, height: int, **panels: Any) -> Any:
-    """Make a figure of several panels, each with the axes of a single one."""
     from plotly.subplots import make_subplots
 
     base = _style.figure(title=title, height=height)
@@ -196,7 +191,6 @@ def drawn(found: Any) -> Any:
 
 
 def _curve(fig: Any, part: Any, word: str, colour: str, *, row: int, col: int) -> None:
-    """One word's values with their band, and its null."""
     at = part["layer"]
     columns = (part[name] for name in ("value", "low", "high", "null"))
     said = [
@@ -297,7 +291,6 @@ def _shortened(members: str) -> str:
 
 
 def _said(fig: Any, found: Any, arm: Any, random: Any, *, start: bool) -> None:
-    """Add the lower panel: what the model says, from no head edited to all of the set."""
     below = {"xaxis": "x2", "yaxis": "y2"}
     chosen = found.sets[found.sets["chosen"]]
     for word, colour in _WORDS:

@@ -1,16 +1,8 @@
 """Maps: heads by layers, attention token by token, and what each position of an input is.
 
-`heads`: blue raises the sound's answer, vermilion the picture's; nothing is clipped, normalised or sorted.
-
-```python
-import numpy as np
-from av_lens import plots
-fig = plots.heads(np.array([[0.0, 1.5], [np.nan, -0.5]]), unit="logits")
-```
-
-`attention_patterns`: circuitsvis's own notebook view first calls a web server and then loads its script from a CDN; the
-view returned here carries the script that was installed with the package. `spans`: solid is the time on the model's
-clock (what the position ids say), dotted on the source's (when the frames or samples behind the token really were).
+`heads`: nothing is clipped, normalised or sorted. `attention_patterns`: circuitsvis's own notebook view calls a web
+server and loads its script from a CDN; the view returned here carries the installed script. `spans`: solid is the time
+on the model's clock (what the position ids say), dotted on the source's (when the frames or samples really were).
 """
 
 from collections.abc import Collection, Sequence
@@ -125,7 +117,6 @@ def _say(layer: int, head: int, figures: np.ndarray, unit: str) -> str:
 
 
 def _mark_missing(fig: Any, values: np.ndarray) -> None:
-    """Hatch what was not measured, and name it in the legend and on hover."""
     missing = [(float(head), float(layer)) for layer, head in np.argwhere(~np.isfinite(values))]
     if not missing:
         return
@@ -234,7 +225,6 @@ def _say_run(found: SpanMap, role: str, start: int, stop: int) -> str:
 
 
 def _add_clocks(fig: Any, found: SpanMap) -> None:
-    """Add the lower panel: each media position's interval on the model's and on the source's clock."""
     clocks = (
         ("model's clock", found.start_s, found.end_s, "solid", 3.0),
         ("source's clock", found.source_start_s, found.source_end_s, "dot", 1.5),

@@ -104,7 +104,6 @@ class _Column:
 
 
 def _sheet(frame: Any, caption: str, columns: Mapping[str, _Column], *, folded: bool = False) -> Sheet:
-    """Make a table of a frame; columns that say nothing are left out."""
     written = {name: [column.write(row) for row in frame.to_dict("records")] for name, column in columns.items()}
     used = {name: cells for name, cells in written.items() if set(cells) - {MISSING}}
     named = tuple((name, columns[name].numeric) for name in used)
@@ -116,7 +115,6 @@ def _text(name: str, *, numeric: bool = False) -> _Column:
 
 
 def _texts(*names: str) -> dict[str, _Column]:
-    """Columns whose heading is their name."""
     return {name: _text(name) for name in names}
 
 
@@ -125,7 +123,6 @@ def _number(name: str) -> _Column:
 
 
 def _numbers(*names: str) -> dict[str, _Column]:
-    """Columns of numbers, each headed by its name in plain words."""
     return {name.replace("_", " "): _number(name) for name in names}
 
 

@@ -48,7 +48,6 @@ def write_comparison(found: Comparison, path: str | Path, *, title: str | None =
 
 
 def _blocks(found: Any) -> list[Block]:
-    """Write the tables, those that have rows."""
     words = {"behaviour": ("quantity", "half"), "captions": ("figure", "arm")}
     titles = {"behaviour": "What the models do", "captions": "What their captions name"}
     made = [

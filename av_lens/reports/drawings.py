@@ -24,12 +24,7 @@ from av_lens.results.record import Isolation
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
-    """How the instrument did on a model whose guilty heads were planted.
-
-    `heads` has one row per head, best rank first: `rank layer head release share planted kind role`; `release` is the
-    largest of the three donors' means on discovery in logits, `share` the same over G. `figures` are numbers such as
-    `auroc`; `verdict` is what `isolate` said of that model.
-    """
+    """How the instrument did on a planted model; `heads` holds one row per head, best rank first."""
 
     sentence: str
     passed: bool

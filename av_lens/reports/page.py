@@ -1,9 +1,4 @@
-"""A finding as one page that a newcomer reads from top to bottom, and that loads nothing; and as a folder.
-
-Figures, their script and the clips are inside the file; a content policy in its head forbids the browser any request.
-Numbers are shown with three figures; the folder's `numbers/` (the saved record) holds every digit, and
-`figures/NAME.json` opens with `plotly.io.read_json`, `figures/NAME.html` in any browser.
-"""
+"""A finding as one page that a newcomer reads from top to bottom, and that loads nothing; and as a folder."""
 
 from __future__ import annotations
 
@@ -88,7 +83,6 @@ def rendered(template: str, drawn: Mapping[str, Drawing], context: dict[str, Any
 def _context(
     found: Isolation, calibration: Calibration | None, caveats: Sequence[str], title: str | None
 ) -> dict[str, Any]:
-    """Gather everything that the template says, as text."""
     tables: Any = found
     model = str(found.provenance.get("model", "the model"))
     question = found.protocol.get("question", found.provenance.get("question"))

@@ -120,7 +120,7 @@ class EdgeScores(Measured):
     """Scores of edges: positive means that the metric rises when the receiver reads the sender as in the donor run.
 
     Attributes:
-        values: `[example, sender, receiver]`, or `[example, span, sender, receiver]` where edges are told apart by span.
+        values: `[example, sender, receiver]`, or `[example, span, sender, receiver]` where told apart by positions.
         baseline: the metric of the run that an edge's change is imagined in, `[example]`.
         donor: the metric of the run that the change comes from, `[example]`.
         clusters: the cluster of each example.
@@ -216,11 +216,7 @@ class EdgeScores(Measured):
         return Grid.of(values, axes=axes, baseline=self.baseline, donor=self.donor, **more)
 
     def mean(self) -> xr.DataArray:
-        """Average over examples.
-
-        Returns:
-            The mean score of every edge.
-        """
+        """Average over examples: the mean score of every edge."""
         return self.values.mean("example")
 
     def top(self, k: int = 20, *, rank: str = "magnitude", level: float | int = 0.95, seed: int = 0) -> pd.DataFrame:
@@ -357,11 +353,7 @@ class Circuit(Saved):
         return float(row["value"]), float(row["low"]), float(row["high"])
 
     def to_frame(self) -> pd.DataFrame:
-        """Give the table of nodes.
-
-        Returns:
-            A copy, best first.
-        """
+        """Give the table of nodes, best first: a copy."""
         return self.nodes.copy()
 
     def plot(self, **options: Any) -> Any:

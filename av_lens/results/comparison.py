@@ -1,9 +1,8 @@
 """`Comparison`: did training repair it, and in the same nodes? Two checkpoints A and B on one manifest, paired.
 
 `outcome` of a node is "unchanged" unless Holm's p is below .05; then "gone" (from above A's delta to within it),
-"weaker", "new" (the other way round) or "stronger"; "not measured" where one of the two is missing. Of `captions` of
-the arm "set" each model has its own. Positive changes mean that B has more of it; figures are logits, of captions
-rates. Not measured is NaN.
+"weaker", "new" (the other way round) or "stronger"; "not measured" where one of the two is missing. Positive changes
+mean that B has more of it; figures are logits, of captions rates. Not measured is NaN.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
 """How are conflicts dealt to two halves that share no source, and what can a design show? Protocol section 7.
 
-Sources are the nodes of a graph and conflicts its edges. The deal depends on the sources, the ids and the seed alone,
-never on a model, so that two models are searched and confirmed on the same halves.
+The deal depends on the sources, the ids and the seed alone, never on a model, so that two models are searched and
+confirmed on the same halves.
 
 Example:
     ```python
-    members = [Member("c0", "clip1", "clip2", "dog"), ...]
-    halves = deal_sources(members, seed=0)
-    halves.half, halves.rule            # "discovery", "confirmation" or "lost" per conflict; "components" or "dyadic"
-    design_of(members).standing         # "firm", "exploratory" or "refused"
+    design_of([Member("c0", "clip1", "clip2", "dog"), ...]).standing    # "firm", "exploratory" or "refused"
     ```
 """
 
@@ -116,7 +113,6 @@ def deal(conflicts: Sequence[Member], *, seed: int) -> Halves:
 
 
 def _hashes(conflicts: Sequence[Member], seed: int) -> dict[int, str]:
-    """Hash every id; ids must differ."""
     ids = [conflict.id for conflict in conflicts]
     if twice := next((name for name, times in Counter(ids).items() if times > 1), None):
         raise InputError(f"two conflicts have the id {twice!r}; ids order the deal and must differ. Give each its own.")
@@ -124,7 +120,6 @@ def _hashes(conflicts: Sequence[Member], seed: int) -> dict[int, str]:
 
 
 def _dealt(conflicts: Sequence[Member], groups: list[list[int]], order: Mapping[int, str], seed: int) -> Halves:
-    """Deal components, largest first."""
     groups.sort(key=lambda group: (-len(group), min(order[i] for i in group)))
     half, component = [LOST] * len(conflicts), [-1] * len(conflicts)
     dealt: dict[str, list[str]] = {DISCOVERY: [], CONFIRMATION: []}
@@ -159,7 +154,6 @@ def deal_sources(conflicts: Sequence[Member], *, seed: int) -> Halves:
 
 
 def _apart(sizes: Sequence[int]) -> bool:
-    """Say whether a half has enough components, none of them too large."""
     return len(sizes) >= FIRM_COMPONENTS and max(sizes) <= LARGEST_OF_A_HALF * sum(sizes)
 
 
@@ -185,7 +179,6 @@ def grown_half(edges: Sequence[tuple[str, str]], *, seed: int) -> set[str]:
 
 
 def _swap(inside: Bool[np.ndarray, " source"], between: Float[np.ndarray, "source source"]) -> None:
-    """Make the best swap of a pair, in place, while one leaves fewer conflicts across."""
     own = between - np.diag(np.diag(between))
     while True:
         side = np.where(inside, 1.0, -1.0)
@@ -220,11 +213,7 @@ def standing(n_conflicts: Sequence[int], n_components: Sequence[int], *, n_sourc
 
 @dataclass(frozen=True)
 class Design:
-    """What conflicts can show, for discovery and confirmation; `n_across` and `n_doubled` are given up.
-
-    `standing` is "firm" (a verdict can come of it), "exploratory" or "refused"; `smallest` is the smallest effect that
-    discovery finds, in standard deviations, infinite where none could pass.
-    """
+    """What conflicts can show, for each half; `smallest` is in standard deviations, infinite where none could pass."""
 
     n_conflicts: tuple[int, int]
     n_components: tuple[int, int]

@@ -78,14 +78,12 @@ class Dyadic:
 
     @cached_property
     def _incidence(self) -> Any:
-        """Which sources each conflict counts, `[source, example]`."""
         rows, places = np.nonzero(self.members < self.n_sources)
         where = (self.members[rows, places], rows)
         return sparse.csr_array((np.ones(len(rows)), where), shape=(self.n_sources, len(self.members)))
 
     @cached_property
     def _neighbours(self) -> Any:
-        """Which conflicts share a source, `[example, example]`."""
         return ((self._incidence.T @ self._incidence) > 0).astype(np.float64).tocsr()
 
     @cached_property
@@ -270,11 +268,7 @@ def by_components(components: Sequence[int], clips: tuple[Sequence[str], Sequenc
 def drawn_again(
     rule: Inference, third: Inference | None, components: Sequence[int], rng: np.random.Generator, *, seed: int
 ) -> tuple[Int[np.ndarray, " row"], list[int], Inference, Inference | None]:
-    """Draw a half again, with replacement: its components, or its sources where these are shared.
-
-    Copies of a conflict share the third clip's source, and where sources are drawn all others with it, which can only
-    widen intervals.
-    """
+    """Draw a half again, its components or its shared sources; copies share sources, which can only widen intervals."""
     numbers = np.asarray(components)
     if isinstance(rule, Dyadic) and rule.unit == SOURCE:
         rows, again = rule.drawn(rng)

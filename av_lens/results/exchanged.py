@@ -1,8 +1,4 @@
-"""The mirrored question in words and names: sound and picture, hearing and seeing change places, both ways.
-
-So all that measures and judges stands once: "reads picture" is "reads sound". Names of sites ("audio") are positions
-and stay.
-"""
+"""The mirrored question in words and names: sound and picture, hearing and seeing change places, both ways."""
 
 from __future__ import annotations
 

@@ -95,7 +95,6 @@ class Measured(Saved):
         return f"<p>{html.escape(repr(self))}</p>{self._shown().to_html()}"
 
     def _shown(self) -> pd.DataFrame:
-        """The table that a notebook shows."""
         raise NotImplementedError
 
 
@@ -378,11 +377,7 @@ class Tabled:
         return self.grid.interval(level, of=of, seed=seed)
 
     def to_frame(self) -> pd.DataFrame:
-        """Give the rows.
-
-        Returns:
-            A copy.
-        """
+        """Give the rows: a copy."""
         return self.rows.copy()
 
     def save(self, path: str | Path) -> Path:

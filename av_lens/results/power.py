@@ -33,10 +33,7 @@ MOST = 10**6
 
 @dataclass(frozen=True)
 class Needed:
-    """How many conflicts in all, both halves together, for an effect as large as a pilot's.
-
-    `cautious` is the number for the lower one-sided 80% bound of the pilot's mean, infinite where it is not above 0.
-    """
+    """How many conflicts in all, for a pilot's effect; `cautious`: for its mean's lower one-sided 80% bound."""
 
     pilot: int
     mean: float

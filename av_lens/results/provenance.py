@@ -118,7 +118,6 @@ class Saved:
             return cls._of_data(data)
 
     def _data(self) -> xr.Dataset:
-        """What is stored beside kind, version and provenance."""
         raise NotImplementedError
 
     @classmethod

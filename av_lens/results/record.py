@@ -1,9 +1,8 @@
 """What did an isolation find, in which tables, and can it be opened again years later?
 
 `TABLES` is the whole schema: table -> column -> kind, a kind being "text", "int", "float" or "flag" (true or false).
-Saved are json (words, protocol, provenance, columns), csv (tables) and npz (arrays), with a schema version and without
-pickle. Positive effects mean that the edit gives hearing back. Figures are logits unless a column says share (of G) or
-rate. Not measured is NaN, missing words are empty.
+Positive effects mean that the edit gives hearing back. Figures are logits unless a column says share (of G) or rate.
+Not measured is NaN, missing words are empty. Saved are json, csv (tables) and npz (arrays), without pickle.
 """
 
 from __future__ import annotations
@@ -282,10 +281,7 @@ class Isolation(Brief):
 
     @property
     def suppressors(self) -> pd.DataFrame:
-        """What is confirmed to keep the sound from being said: writers, opponents, gates, kind undetermined.
-
-        Heads, and after them MLPs, with head -1.
-        """
+        """What is confirmed to keep the sound from being said, of every kind: heads, then MLPs (with head -1)."""
         nodes: Any = self.nodes
         return nodes[nodes["role"].isin((*RELEASING, *MIRRORED_SUPPRESSORS)) & nodes["confirmed"]]
 

@@ -285,10 +285,7 @@ def non_inferiority(
 
 
 def smallest_effect(n: int, *, family: int, level: float = 0.05, power: float = 0.8) -> float:
-    """Find the smallest effect that n components and a family of this size can show (in standard deviations).
-
-    Normal approximation at the ladder's first step (one true effect): (z(1 - level / family) + z(power)) / sqrt(n).
-    """
+    """Find the smallest effect, in standard deviations, that n components can show at the ladder's first step."""
     if n < 1 or 2.0**-n > level / family:
         return math.inf
     return float((stats.norm.ppf(1 - level / family) + stats.norm.ppf(power)) / math.sqrt(n))

@@ -1,8 +1,4 @@
-"""Asked to describe the clip, does the model name what sounds once the set is edited? Protocol section 8, *Captions*.
-
-There is no prefix, and a conflict's two cells are averaged. `one_word` is the arm's effect on C over G, by the set's
-donor.
-"""
+"""Asked to describe the clip, does the model name what sounds once the set is edited? Protocol section 8."""
 
 from __future__ import annotations
 
@@ -92,7 +88,6 @@ def caption_tables(known: Known) -> tuple[dict[str, list[dict[str, Any]]], dict[
 
 
 def _written(chunk: Chunk, arms: Sequence[Arm]) -> Arrays:
-    """Every arm's captions of one stack, `[arm, batch, cell]`."""
     out = np.empty((len(arms), len(chunk.examples), len(CELLS)), dtype=object)
     for place, cell in enumerate(CELLS):
         plans = [arm.plan(chunk, cell) for arm in arms]

@@ -1,18 +1,10 @@
 """What a run knows once its search is confirmed: is the sound in there, and where does a head's release go?
 
 Lens and probes are those of protocol section 8, read on confirmation; `layer` counts the layers that the stream has
-passed, -1 is the best of all, `excess` is what the word has over the null. That a word can be read does not mean that
-the model reads it: where the sound is known and not said, it is lost after that layer.
-
-`paths` is path patching (protocol section 3) from a sender at the site, in `va` (mirrored `av`):
-
-    MLP 5, L5H1.q    what that MLP, or that head's query, would read if nothing but the sender had changed
-    queries, joint   all receivers' queries, or their queries, keys and values, in one run 4
-    remainder        total - direct - joint: what passes elsewhere, and what the parts make of each other
-
-Positive: that road lets the model hear more. A gate shows up as mediated by the queries of the carriers that it turns
-away, a feeder by the MLP that it feeds. Donors need not be a run of their own (`zero`, means), so the runs of
-`methods.path_patching` are made here from the same parts (`replay.held`).
+passed, -1 is the best of all. Where the sound is known and not said, it is lost after that layer. `paths` (section 3)
+goes from a sender at the site to what an MLP, or a head's query ("L5H1.q"), would read if nothing but the sender had
+changed; *queries* and *joint* patch all receivers in one run 4. Positive: that road lets the model hear more. Donors
+need not be a run of their own (`zero`, means), so the runs of `methods.path_patching` are made here from `replay.held`.
 """
 
 from __future__ import annotations
@@ -307,7 +299,6 @@ def _writes_at(node: Node) -> int:
 def _one_by_one(
     held: HeldRun, read: dict[End, torch.Tensor], nodes: Sequence[End], ends: Sequence[int]
 ) -> list[list[Plan | None]]:
-    """Each receiver by itself, for every sender that it comes after."""
     found: list[list[Plan | None]] = [[None] * len(nodes) for _ in ends]
     for number, node in enumerate(nodes):
         rows = [row for row, end in enumerate(ends) if node.reads_at > end]

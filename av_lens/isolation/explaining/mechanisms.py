@@ -1,9 +1,8 @@
 """Every named head's mechanism card: what it reads, writes, what drives its pattern, where its release goes.
 
-One row of `cards` a figure, on confirmation, for every head with a role and every member of the chosen set. z W_O is a
-sum over keys of pattern x value W_O, so that a write is parted exactly by the role of the key. "Read evenly" is the OV
-circuit by itself: what one unit of attention spread evenly over the role would write. All cells of a conflict have one
-layout, so rotary positions agree and keys can be exchanged. What is exchanged and who receives: protocol section 5.
+Protocol section 5. z W_O is a sum over keys of pattern x value W_O, so that a write is parted exactly by the role of
+the key; "read evenly" is what one unit of attention spread evenly over the role would write. All cells of a conflict
+have one layout, so rotary positions agree and keys can be exchanged.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Does the finding hang on a choice that could have been made otherwise? Protocol section 8, last point.
 
-The search for single heads on discovery is made again under each variant and compared with the main search: Jaccard of
-the named suppressors (NaN where neither names any), the rank correlation of all heads' largest releases, who was lost
-and gained, and whose role *turned*. Sampled sign flips are as many as resolve half of the first step of the false
-discovery rate's ladder at one site.
+A head's role *turned* where it is named both times, by another role. Sampled sign flips are as many as resolve half of
+the first step of the false discovery rate's ladder at one site.
 """
 
 from __future__ import annotations
@@ -130,7 +128,6 @@ def compared(name: str, main: Mapping[Node, str], again: Mapping[Node, str]) -> 
 
 
 def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
-    """Measure what the suppressors' roles need under a variant."""
     half, other = known.discovery, _varied(known.bench, variant)
     chunks = other.chunks(half.examples.tolist(), site)
     with_means(chunks)

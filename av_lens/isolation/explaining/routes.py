@@ -1,15 +1,11 @@
 """By which road does the picture win? Edges of named heads and of whole routes cut, beside cuts of as much elsewhere.
 
-The effect of a cut is mirrored as every effect. Heads that release are cut, alone and as the set, with the remaining
-weights scaled up (`renormalised`) or not. Routes are cut in all heads of a window of layers (`WINDOWS`, and 7 of 36
-layers around every layer, as in "From Senses to Decisions"): *relay* is said to matter by SECRET and "From Senses to
-Decisions", *generation* by arXiv 2604.02605, *sink* by "Probing Cross-modal Information Hubs", *without sinks* by those
-for whom late attention to video is a sink. *Encoding* is the sound that reads the picture (interleaved layouts).
-
-Controls, the mean of `DRAWS` draws (how often the sound is said: the first draw's): *equal mass*, within a quarter, is
-taken from other heads at most one layer away (outside the window) or, of a route, from other keys that hold no media;
-*the sound's* is the same queries deaf. `mass` of a cut is its share of all that its heads move to these queries, of an
-equal-mass control what it removes over what the cut removes. What cannot be made is NaN, and its note says why.
+Routes are cut in all heads of a window of layers (`WINDOWS`, and 7 of 36 layers around every layer, as in "From Senses
+to Decisions"): *relay* after SECRET and "From Senses to Decisions", *generation* after arXiv 2604.02605, *sink* after
+"Probing Cross-modal Information Hubs". Controls, the mean of `DRAWS` draws (how often the sound is said: the first's):
+*equal mass*, within a quarter, in other heads at most one layer away (outside the window) or, of a route, from other
+keys that hold no media; *the sound's* is the same queries deaf. `mass` of a cut is its share of all that its heads move
+to these queries, of an equal-mass control what it removes over what the cut removes.
 """
 
 from __future__ import annotations

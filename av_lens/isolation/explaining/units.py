@@ -1,12 +1,9 @@
 """What do larger units do (groups of heads, layers), and what does an edit of the named set mend and break?
 
-Each unit is edited alone at the site, on discovery: a kv group's query heads, a layer's heads ("attention"), or its
-heads and its MLP's output ("layer": what it adds to the stream). Keys are replaced before rotary position, so that a
-mean from a prompt of another length stands at the run's own positions.
-
-The set's plan (`found.plan()`) fits any clip: members get constants, zero or the mean over discovery of what their
-donor gave them, one vector for each role of the site's positions (what decoding adds: the generation position's). These
-are not each conflict's own donors, so the plan is measured anew on confirmation.
+Keys are replaced before rotary position, so that a mean from a prompt of another length stands at the run's own
+positions. The set's plan (`found.plan()`) fits any clip: members get zero, or the mean over discovery of what their
+donor gave them, a vector for each role (what decoding adds: the generation position's). These are not each conflict's
+own donors, so the plan is measured anew on confirmation.
 """
 
 from __future__ import annotations
@@ -93,7 +90,6 @@ def constants(values: dict[str, np.ndarray], like: Recording, part: str) -> Floa
 
 
 def _parsed(key: str) -> tuple[str, Node, str]:
-    """Donor, node and role of one of `repair_values`."""
     _, donor, node, role = key.split("/")
     layer, head = node.split(".")
     return donor, (int(layer), MLP if head == "mlp" else int(head)), role

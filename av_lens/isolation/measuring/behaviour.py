@@ -1,8 +1,4 @@
-"""Does the model hear, and does seeing keep it from saying so? Which answers are scored, and protocol section 2.
-
-Left out by name are conflicts with a word that is not known, with answers that cannot be told apart or that overlap
-with another conflict's, or with a word whose chosen form is hardly said (protocol section 1).
-"""
+"""Does the model hear, and does seeing keep it from saying so? Which answers are scored; protocol sections 1 and 2."""
 
 from __future__ import annotations
 

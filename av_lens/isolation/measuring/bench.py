@@ -1,7 +1,4 @@
-"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout (a `Chunk`).
-
-A *donor* is what a node's output becomes: another cell of the same conflict, zero, or a mean over discovery.
-"""
+"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout (a `Chunk`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A conflict's cells by the names that the search has for them, and the conflict of the mirrored question.
-
-Each cell goes by the name of the cell that it mirrors (`results.exchanged`): nothing else knows which sense is asked.
-"""
+"""A conflict's cells by the names that the search has for them (`results.exchanged`), and the mirrored conflict."""
 
 from __future__ import annotations
 
@@ -39,7 +36,6 @@ class Cells:
         return self._of(dataclasses.replace(one, sound=one.picture, picture=one.sound, answers=one.answers[::-1]))
 
     def __getitem__(self, name: str) -> AVInputs:
-        """Give a cell, encoded when first asked for."""
         alone = "video_only" if self._mirrored else "audio_only"
         if name == "audio_only_v":
             return self._mirror[alone]

@@ -1,12 +1,9 @@
 """What does an edit of a head, an MLP, or any other, do to hearing? Protocol section 4, measured conflict by conflict.
 
-`ESTIMANDS` is the one list of figures. An estimand is the effect of a `Request` (every node in turn gets its output
-from a donor, in a base cell and its mirror), minus that of another where it says so; what runs (`requests`), figures
-(`figures`), rows of the table of evidence, keys of the record's arrays, and columns of the table of heads (`column`)
-follow from it, and roles name estimands by `(name, donor)`.
-
-Of answers of several tokens direct, write, repair and rise are read at the first: with later heads held at the answer's
-own positions too, nothing changes there. " (norm frozen)": the final norm's scale is the unedited run's.
+`ESTIMANDS` is the one list of figures: what runs, figures, rows of the table of evidence, keys of the record's arrays,
+and columns of the table of heads (`column`) follow from it, and roles name estimands by `(name, donor)`. Of answers of
+several tokens direct, write, repair and rise are read at the first: with later heads held at the answer's own positions
+too, nothing changes there.
 """
 
 from __future__ import annotations
@@ -162,11 +159,7 @@ def requests(
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """A request's mirrored outcome per example and node; NaN where not measured.
-
-    `margin` is the change of M, `first` that at the first token, `rise` that of the heard sound's answer over the mean
-    of the other candidates; `on_sound` and `on_picture` are centred over all candidates.
-    """
+    """A request's mirrored outcome per example and node; NaN where not measured. `on_...`: centred over candidates."""
 
     margin: PerNode
     rise: PerNode
@@ -383,7 +376,6 @@ def effects_of_plans(
 
 
 def _changes(chunk: Chunk, cell: str, plans: Sequence[Plan | None], metric: Metric) -> Float[np.ndarray, "plan batch"]:
-    """What plans change in one cell."""
     made = [Plan(), *(plan for plan in plans if plan is not None)]
     scores = measure_plans(trace_of(chunk, cell), made, metric).double().numpy()
     return _placed(plans, scores[1:] - scores[0])

@@ -2,14 +2,9 @@
 
 A *node* is a head, `(layer, head)`, whose output is z, or an MLP, `(layer, MLP)`, whose output is what it adds to the
 stream. In tables `[layer, node]` the layer's heads come first and its MLP is the last column, which -1 (`MLP`) indexes.
-
-`Recording.plan` is the one place where "these nodes get that output" becomes a `Plan`. With `freeze` the restart needs
-the asked position alone: every later head's output there is the recording's own, whatever happened elsewhere.
-
 Plans run in two ways that must agree (a test holds them together): `how="trace"` restarts the recorded run at the first
 edited layer and position; `how="hooks"` runs the whole model again for every plan, with plain hooks, as the slow
-reference. *Norm frozen*: reading out is then linear, so that what a change of the stream does to the logits is the same
-whatever the norm would have made of it.
+reference. With the norm frozen reading out is linear.
 """
 
 from __future__ import annotations
@@ -95,11 +90,7 @@ MEDIA_SITES = (*ENCODING_SITES, "sinks")
 
 @dataclass(eq=False)
 class Recording:
-    """A run of a stack of inputs, made under the edits `under`.
-
-    `window` is the run of positions from the site's first to the asked one, `parts` what is kept there by component,
-    `final` the stream that enters the final norm at the asked position.
-    """
+    """A run of a stack under edits: its window from the site to the asked position, its stream at the final norm."""
 
     inputs: AVInputs
     site: Int[np.ndarray, " site"]
@@ -122,10 +113,7 @@ class Recording:
         return sum(part.nbytes for part in kept)
 
     def plan(self, values: Values, *, freeze: bool = False, mlps: str | Sequence[int] = ()) -> Plan:
-        """Give nodes another output at the site, on top of the edits that the run was made with.
-
-        A restart computes the edited run's own layers anew from the first edit's on: only edits there are made again.
-        """
+        """Give nodes another output at the site, on top of the run's own edits (those at the restart and after)."""
         first, last = min(layer for layer, _ in values), self.site[-1:]
         if freeze and last[0] != self.window[-1]:
             return Plan()  # no node's own write at another position reaches the asked one
@@ -168,14 +156,11 @@ def site_positions(spans: SpanMap, site: str, sinks: Sequence[int] = ()) -> Int[
 
 
 class _Keeping(Taps):
-    """Taps that keep every layer's outputs, after their edits."""
-
     def __init__(self, plans: Sequence[CompiledPlan], offset: int) -> None:
         super().__init__(plans, offset)
         self.kept: dict[str, dict[int, Tensor]] = {part: {} for part in OUTPUTS}
 
     def __call__(self, component: str, layer: int | None, activation: Tensor, rows: slice | None = None) -> Tensor:
-        """Apply the edits at one place, and keep the outputs."""
         found = super().__call__(component, layer, activation, rows)
         if component in self.kept and layer is not None:
             self.kept[component][layer] = found[0]

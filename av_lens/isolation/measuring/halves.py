@@ -16,11 +16,7 @@ Row = dict[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """One half's conflicts that are analysed: their components, G and C, and the rule that bounds their figures.
-
-    `third` is the rule of effects that use the third clip (they count its source too), `words` that with the two
-    answers' words for sources; None in the first edition.
-    """
+    """One half's analysed conflicts and the rules that bound their figures (first edition: no `third`, no `words`)."""
 
     name: str
     examples: Int[np.ndarray, " example"]

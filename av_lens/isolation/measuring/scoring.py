@@ -1,8 +1,4 @@
-"""What does a run say: the sound's answer, the picture's, or neither? Scores and M as in protocol section 1.
-
-Only a conflict's own two answers are run to their end (`Spoken`): all others are read at their first token, and so are
-the two where a figure asks for it (`first=True`).
-"""
+"""What does a run say: the sound's answer, the picture's, or neither? Scores and M as in protocol section 1."""
 
 from __future__ import annotations
 
@@ -40,10 +36,7 @@ class Edited:
 
 @dataclass(frozen=True, eq=False)
 class CellReading:
-    """What a run of a stack says, per example: scores, `mass` of both answers, and the `top` candidate.
-
-    `top` is -1 where none holds the likeliest token of the vocabulary, -2 where the run has no number.
-    """
+    """What a run says, per example; `top` is -1 where no candidate is likeliest, -2 where the run has no number."""
 
     scores: Float[np.ndarray, "example candidate"]
     top: Int[np.ndarray, " example"]
@@ -58,10 +51,7 @@ class CellReading:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """All distinct answers of a set of conflicts by their synonyms' first tokens (padded with -1), and each one's two.
-
-    Where answers are `long`, scores have two more columns: the example's own sound's and picture's at the first token.
-    """
+    """All answers by their synonyms' first tokens; with long ones scores end with the two's at the first token."""
 
     names: tuple[str, ...]
     ids: Int[np.ndarray, "candidate option"]
@@ -165,7 +155,6 @@ class Candidates:
         return top
 
     def _own(self, scores: np.ndarray, examples: np.ndarray, of: str) -> np.ndarray:
-        """Each example's own sound's, or picture's, answer."""
         return scores[..., np.arange(len(examples)), getattr(self, of)[examples]]
 
     def margin(

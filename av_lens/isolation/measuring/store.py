@@ -1,8 +1,7 @@
 """What has been measured already? Measurements on disk, so that a run that was killed goes on where it was.
 
-Only what costs runs of the model is stored; tests, roles and verdicts are computed again. A measurement is known by a
-name and by all that it depends on: the run's key and what its caller adds. A file that is damaged, or holds another
-measurement than its name says, is told and measured again; one that the system does not let us read stops the run.
+Only what costs runs of the model is stored. A file that is damaged, or holds another measurement than its name says, is
+told and measured again; one that the system does not let us read stops the run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The search on discovery: every node's effects at every site, their tests, and who is named.
-
-One `SiteEvidence` per site set; q runs over all of them together. Where MLPs are named, the heads before them are
-measured once more with these MLPs held (`hold`), which tells feeders.
-"""
+"""The search on discovery: every node's effects at every site, their tests, and who is named."""
 
 from __future__ import annotations
 
@@ -227,7 +223,6 @@ def of_mlp(row: Named) -> bool:
 def _named(
     found: Sequence[SiteEvidence], mlps: Mapping[str, tuple[int, ...]], *, s: float, family: int
 ) -> tuple[list[Named], list[dict[str, np.ndarray]]]:
-    """Name nodes at all sites, and give q of the release alone by site."""
     q, release_q = roles.adjust([site.tests for site in found], family=family)
     rows = (
         roles.classify(one.evidence, one.tests, q[i], release_q[i], s=s, site=one.site, mlps=mlps.get(one.site, ()))

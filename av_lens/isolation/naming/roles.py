@@ -58,11 +58,7 @@ class Named:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A half's effects, per example and node, by (estimand, donor); `evidence["silenced"]` where it has one donor.
-
-    With `mlps` the last column is the layers' MLPs; nodes in `stopped` were measured on some examples alone, and pass
-    no test.
-    """
+    """A half's effects, per example and node, by (estimand, donor); what `stopped` early passes no test."""
 
     figures: Figures
     half: Half
@@ -268,11 +264,7 @@ NOWHERE = Interval(*np.full((3, 0), np.nan))
 
 @dataclass(frozen=True, eq=False)
 class Cuts:
-    """The intervals that decide a role, for the chosen donor of each node, each `[layer, node]`.
-
-    `damage` is [fall of G - release / 2], `reads` [reads picture - reads sound], `encodes` [what `see` loses - release
-    / 2].
-    """
+    """The intervals `[layer, node]` that decide a role (protocol section 5), by the chosen donor of each node."""
 
     release: Interval
     damage: Interval

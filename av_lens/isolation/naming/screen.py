@@ -1,13 +1,10 @@
 """Which of more than 64 nodes are worth measuring? A screen by gradients on discovery; protocol section 6.
 
-A guess at an effect is (donor's output - own output) . gradient of M, summed over the site's positions and mirrored. Of
-AtP* (Kramár et al. 2024) GradDrop is taken: a guess's size is the mean over layers of its sizes with that layer's
+Of AtP* (Kramár et al. 2024) GradDrop is taken: a guess's size is the mean over layers of its sizes with that layer's
 gradient dropped, the node's own left out; its sign is the plain guess's. The fix for queries and keys has nothing to
 mend, as replacing z or an MLP's output leaves the layer's own softmax as it is. A guess is blind where softmaxes are
-saturated, and a node that it misses is missed. Answers of several tokens are differentiated at the first; a stack whose
-gradients take more than 8 GB is halved.
-
-`power_lost` bounds the chance that stopping early loses a node which is found four times in five.
+saturated, and a node that it misses is missed. Answers of several tokens are differentiated at the first. `power_lost`
+bounds the chance that stopping early loses a node which is found four times in five.
 """
 
 from __future__ import annotations
@@ -69,7 +66,6 @@ def best_ranked(screens: Mapping[str, Float[np.ndarray, "layer node"]], nodes: S
 
 
 def _guessed(chunk: Chunk) -> Guesses:
-    """Guess one stack."""
     donors = [donor for donor in PRIMARY_DONORS if chunk.has(donor)]
     try:
         on_c = _guesses(chunk, "va", [*donors, "blank_a"], drop=True)
@@ -116,7 +112,6 @@ def _guesses(
 def _by_node(
     change: Mapping[str, torch.Tensor], slopes: Mapping[str, torch.Tensor]
 ) -> Float[np.ndarray, "batch layer node"]:
-    """Sum change times gradient over positions and what a node writes."""
     z, mlp = (change[part].double() * slopes[part].double() for part in OUTPUTS)
     summed = torch.cat([z.sum((2, 4)), mlp.sum((2, 3))[..., None]], dim=-1)
     return summed.transpose(0, 1).cpu().numpy()

@@ -112,7 +112,6 @@ def compare(
 def _side(
     letter: str, given: Any, model: Any, conflicts: Sequence[Any] | None, folder: Path | None, options: dict[str, Any]
 ) -> Side:
-    """Read a record, or isolate a model."""
     if isinstance(given, Isolation):
         return Side(letter, given, None, model)
     if isinstance(given, str | Path):
@@ -128,7 +127,6 @@ def _side(
 
 
 def _refuse_unlike(one: Side, two: Side) -> None:
-    """Refuse two runs that cannot be paired."""
     sides = [side.found.protocol for side in (one, two)]
     mend = "Compare runs of one manifest, by the same options."
     listed = [_manifest(side.found) for side in (one, two)]
@@ -153,7 +151,6 @@ def _refuse_unlike(one: Side, two: Side) -> None:
 
 
 def _manifest(found: Isolation) -> set[str]:
-    """The ids of the manifest: of conflicts that are used, doubled, or left out for their answers."""
     left_out = (found.provenance.get("answers") or {}).get("left_out", {})
     return {*found.protocol["conflicts"], *found.protocol["halves"].get("doubled", ()), *left_out}
 
@@ -253,7 +250,6 @@ def outcome(row: Mapping[str, Any], p: float) -> str:
 
 
 def _captions(one: Side, two: Side, both: Any) -> Rows:
-    """Changes of what captions name, by the arms that both have."""
     held, rows = _held_out(both), Rows()
     rule = _rule(one.found, held["row"].tolist(), held_out=True)
     for arm in SHOWN:
@@ -265,7 +261,6 @@ def _captions(one: Side, two: Side, both: Any) -> Rows:
 
 
 def _named_by(side: Side, arm: str) -> Any:
-    """What one arm's captions name, by id; None where they were not written."""
     arms, values = side.found.captions["arm"].tolist(), side.found.arrays.get(f"{CONFIRMATION}/captions")
     return (
         None if values is None or arm not in arms else pd.DataFrame(values[:, arms.index(arm)].T, index=side.held_out)
@@ -276,7 +271,6 @@ MEANINGS = {"C": "Hearing under conflict (C)", "G": "hearing with nothing to see
 
 
 def _verdict(tables: Mapping[str, Rows], n: int, total: int) -> tuple[str, str]:
-    """Say what changed: kind, and sentences."""
     rows = [row for row in tables["behaviour"] if row["half"] == BOTH]
     groups = {name: [row for row in tables["nodes"] if row["outcome"] == name] for name in OUTCOMES}
     kind = "changed" if any(map(_moved, rows)) or any(groups[name] for name in OUTCOMES[:4]) else "no change found"

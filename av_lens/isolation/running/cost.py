@@ -1,10 +1,8 @@
 """What will a run cost? Time and memory, said before the long work, from a short probe of this model on its conflicts.
 
-The probe reads all cells of the first stack (the run keeps them) and edits some heads of one cell alone: prices of a
-*cell* (encode, run, read) and an *edit* (one head, replayed from the site on), per conflict. A *figure* is the
-bootstrap interval of one column. The work is counted in these three (`PARTS`), by the protocol's own counts where they
-are fixed. Where they depend on what is found (sets, cards) they are what av-tiny took, on which a slow test holds the
-estimate to 30%.
+The probe prices a *cell* (encode, run, read) and an *edit* (one head, replayed from the site on), per conflict; a
+*figure* is the bootstrap interval of one column. How many a part takes is in `PARTS`; where that depends on what is
+found (sets, cards) it is what av-tiny took, on which a slow test holds the estimate to 30%.
 """
 
 from __future__ import annotations
@@ -132,7 +130,6 @@ class Estimate:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        """The estimate as a line."""
         shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.parts.items())
         memory = "" if np.isnan(self.gigabytes) else f", and {self.gigabytes:.1f} GB of memory"
         return f"Estimate: about {duration(self.seconds)} ({shares}){memory}, if there is something to search for."
@@ -173,11 +170,7 @@ def _figure(n: int) -> float:
 
 
 def memory(chunk: Chunk, size: Size) -> float:
-    """Estimate the peak of memory: what has been used, and what a run keeps of the other conflicts.
-
-    Kept are the encoded cells (of robustness too), both halves' stacks with every node's output, while sets are
-    searched discovery's traces where they fit, and in robustness the weights in the other precision.
-    """
+    """Estimate the peak of memory: what has been used, and what is kept (cells, outputs, traces, other precision)."""
     n, run = len(chunk.examples), chunk.run("va")
     model, tensors = chunk.bench.engine.model, torch.Tensor
     stacked = sum(one.nbytes for one in run.inputs.tensors.values() if isinstance(one, tensors))

@@ -1,13 +1,12 @@
 """A run's folder: one protocol, one writer, everything that was measured, a line for every conflict.
 
+The numbers of a run that was killed and went on are those of one that never stopped (same machine, as many threads).
+
     DIR/protocol.json     written before the first effect; a folder that holds another protocol is refused
     DIR/measured/         the measurements (`store`)
-    DIR/conflicts.jsonl   a line for each conflict: its half, which parts are done, how long they took
+    DIR/conflicts.jsonl   a line for each conflict, from the measurements; written anew when the run stops or goes on
     DIR/estimate.json     what the run was expected to cost, made once (`cost`)
     DIR/numbers/          the finished record
-
-`conflicts.jsonl` is made from the measurements alone: while a run goes on it only grows, a line a measurement; it is
-written anew when the run stops, and when it goes on after a kill, which may have torn its last line.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _same(folder: Path, protocol: Mapping[str, Any], clips: Clips) -> None:
-    """Refuse a folder that holds another protocol, saying in what they differ."""
     place = folder / PROTOCOL
     back = (
         "Put it back as it was, or delete it (then this run's own is written, and what was measured under it is kept), "
@@ -75,7 +73,6 @@ def _same(folder: Path, protocol: Mapping[str, Any], clips: Clips) -> None:
 
 
 def _note_program(folder: Path, told: Told | None) -> None:
-    """Note which program measures, and say where another one did."""
     place, said = folder / PROGRAM, ""
     try:
         if place.read_text("utf-8") != measuring_hash():

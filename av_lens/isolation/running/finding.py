@@ -1,7 +1,7 @@
 """The record of a run: tables, arrays, summary, provenance; its words are those of `verdicts`.
 
-A member of the chosen set that no single release would have named stands in the table of heads too, with the role, the
-effect ("release in the set") and the test that it has while the others are edited; its single figures stand beside.
+A member of the chosen set that no single release would have named stands in the table of heads too, by what it does
+while the others are edited ("release in the set").
 """
 
 from __future__ import annotations
@@ -198,7 +198,6 @@ def _head_row(row: Named, searched: Searched, held: Held) -> dict[str, Any]:
 
 
 def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) -> dict[str, float]:
-    """A row's effect on one half, with its interval, its share of G and its direct share."""
     at, half = (slice(None), *row.at), evidence.half
     effect = evidence[key][at]
     share = half.share(effect)

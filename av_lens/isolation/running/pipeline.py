@@ -73,19 +73,16 @@ def isolate(
     Args:
         model: a `HookedAVLLM`.
         conflicts: `Conflict`s; at least 20 competent ones in each half (below 60 the finding is exploratory).
-        sites: site sets to search: "suffix", "generation", "audio" (while the sound is encoded), "video" (while the
-            picture is), "sinks".
+        sites: site sets to search: "suffix", "generation", "audio" or "video" (while either is encoded), "sinks".
         s: a head is named above this share of G; default .10 for organisms; for other models .03, or more where the
             same edits do more under the control question.
         gate: "stop" ends where the protocol would (nothing to explain), "report" goes on and stamps every page.
         seed: of the deal, the draws and the flips.
         layout: "in_video" or "separate".
         quick: leave out robustness, and pairs of heads unless half of the gap stays unexplained without them; say so.
-        named_only: end once heads and sets are named and confirmed: none of what explains them (mechanisms, routes,
-            robustness, repair), and say so.
+        named_only: end once heads and sets are named and confirmed, without what explains them, and say so.
         captions: also let the model describe the clips, as it is and with the set edited (`found.captions`).
-        protocol: the edition: "2", or "1" for the figures of the first one (clips, not sources, are what halves must
-            not share, and inference is by components alone).
+        protocol: the edition: "2", or "1" for the first one's figures (halves share no clips; components alone).
         suppressed: "sound", or "picture" for the mirrored question: asked `see`, which heads keep the model from saying
             what it sees? Ends once they are named and confirmed.
         budget: stop after so many minutes, with everything kept in `out`; the same call goes on from there.
@@ -132,7 +129,6 @@ def _refuse_hooks(model: Any) -> None:
 
 
 def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
-    """Behaviour, and what follows if there is something to explain."""
     started = time.monotonic()
     _behave(run, ledger, folder)
     kind, sentence = gap_verdict(run.read, run.both[0])
@@ -170,7 +166,6 @@ def further(run: Run, known: Known) -> Further:
 
 
 def _searched(run: Run, ledger: Ledger) -> Known:
-    """Search on discovery, then look at what was found on confirmation."""
     seed = run.options.seed
     floor = run.s if run.protocol["s_rule"] == preparing.MEASURED else None
     searched = evidence.search(

@@ -1,7 +1,6 @@
 """What a run is before the model is asked anything: who is dealt where, what is asked, and what was fixed.
 
-`Run.key` is the hash of criteria, seeds, model (weights and configuration), conflicts (files, windows, words), number
-of threads and program: measurements on disk are known by it. What can be refused without the model is refused here.
+`Run.key` hashes criteria, seeds, model, conflicts (files, windows, words), number of threads and program.
 """
 
 from __future__ import annotations
@@ -128,7 +127,6 @@ def protocol_of(
 
 
 def _halves(dealt: Dealt) -> dict[str, Any]:
-    """Write down how the halves were made."""
     halves, ids = dealt.halves, [one.id for one in dealt.members]
     return {
         "rule": halves.rule,

@@ -130,7 +130,6 @@ def _recorded(side: Side, node: Node) -> pd.Series | None:
 def _measured(
     side: Side, nodes: Sequence[Node], conflicts: Sequence[Any], progress: Progress | None, told: Told | None
 ) -> dict[Node, pd.Series]:
-    """Measure nodes on the conflicts that the run held out."""
     said = side.found.protocol
     chosen: dict[str, Any] = {one.name: said[one.name] for one in fields(Options)} | {"sites": tuple(said["sites"])}
     chosen["s"] = said["s"] if said["s_rule"] == "given" else None

@@ -1,8 +1,7 @@
 """What was found, in words with its numbers (all of confirmation), for the sites that were searched.
 
-Kinds beside those of the gap and of the refusals (protocol section 2): *named*, if confirmed suppressors restore half
-of the gap or more (or the heads of largest single release do, at most twelve, as many as a set can hold); *spread*, if
-it takes more heads; *nothing named*, if nobody is confirmed and no number of heads restores half.
+*Named*: confirmed suppressors (or at most twelve heads of largest single release) restore half of the gap or more;
+*spread*: it takes more heads; *nothing named*: nobody is confirmed and no number of heads does.
 """
 
 from __future__ import annotations
@@ -90,7 +89,6 @@ def claimed(known: Known) -> list[Named]:
 
 
 def _named_sentences(run: Run, known: Known) -> list[str]:
-    """Say who is confirmed (past a refusal: who would have been named), who holds in part, and who does not."""
     held, sites, s, refused = known.held, ", ".join(known.searched.sites), known.searched.s, bool(run.refused)
     rows = {status: [row for row in claimed(known) if held.status.get(row) == status] for status in STATUSES}
     parts = [f"What the search would have named at {sites}:"] if refused else []
@@ -118,7 +116,6 @@ def _named_sentences(run: Run, known: Known) -> list[str]:
 
 
 def _feeder_sentence(known: Known) -> str:
-    """Say which heads tell a named MLP what is seen, and which of them hold."""
     rows = [row for row in known.searched.named if row.role == FEEDER]
     told: list[str] = []
     for layer in sorted({row.through for row in rows}):
@@ -131,7 +128,6 @@ def _feeder_sentence(known: Known) -> str:
 
 
 def _by_role(rows: Sequence[Named], known: Known) -> str:
-    """List heads by role, with what stands beside them in brackets."""
     listed: list[str] = []
     for role in RELEASING:
         groups: dict[str, dict[tuple[int, int], None]] = {}
@@ -161,7 +157,6 @@ def always_on(row: Named, searched: Searched) -> bool:
 
 
 def _largest(known: Known) -> str:
-    """Say how large the largest single release is."""
     first = known.searched.first
     heads, _ = ranked_heads(first)
     figures = {name: float(head_means(values)[heads[0]]) for name, values in first.evidence.by_donor("release").items()}
@@ -195,7 +190,6 @@ def _set_sentence(row: dict[str, Any], gap: float, *, refused: bool) -> str:
 
 
 def _hidden_sentence(rows: Sequence[dict[str, Any]], *, delta: float) -> str:
-    """Say which members of the chosen set hide behind each other: next to nothing alone, and much with the others."""
     hidden = [row for row in rows if row["chosen"] and row["single"] <= delta < row["without"]]
     if not hidden:
         return ""
@@ -216,7 +210,6 @@ def crossing_half(known: Known) -> dict[str, Any] | None:
 
 
 def _spread_sentence(row: dict[str, Any], gap: float) -> str:
-    """Say how many of the heads with the largest releases together restore half of the gap."""
     number = int(row["k"])
     who = f"the {number} heads of largest single release together restore"
     who = "the head of largest single release alone restores" if number == 1 else who
@@ -226,7 +219,6 @@ def _spread_sentence(row: dict[str, Any], gap: float) -> str:
 
 
 def _power_sentence(run: Run, known: Known) -> str:
-    """Say how small an effect this run could have found."""
     half, s = known.discovery, known.searched.s
     size, deviation = power(known.searched, half, family=run.family)
     g = float(half.G.mean())

@@ -1,9 +1,7 @@
-"""Does it hold on conflicts that played no part in finding it? Named rows, the set, its controls, its side effects.
+"""Does it hold on conflicts that played no part in finding it? Protocol sections 5, 7 and 8.
 
-Protocol sections 5, 7 and 8, with everything fixed on discovery. In the first edition a set is confirmed if it releases
-more than every random set. *Ranked heads*: those of largest single release are edited together, 1, 2, 4, ... of them,
-then as many as it takes to find, by halving, how many give half of the gap: over how many heads is it spread? Where the
-curve is not monotone this is one crossing of several.
+In the first edition a set is confirmed if it releases more than every random set. *Ranked heads*: how many heads of
+largest single release, edited together, give half of the gap? If the curve is not monotone it is one of several.
 """
 
 from __future__ import annotations
@@ -39,12 +37,7 @@ STATUSES = (CONFIRMED, ONE_DONOR, ON_WORDS, NOT_REPLICATED)
 
 @dataclass(eq=False)
 class Held:
-    """What confirmation found; a site is missing where discovery named nothing.
-
-    `roles` and `in_context` are of the chosen set's members with the others edited; `status` is one of `STATUSES` by
-    row, `words` what is to be said of it over words; `named` are the rows whose single release names a suppressor, or
-    breaks.
-    """
+    """What confirmation found, by site where discovery named something; `roles` are the chosen set's members'."""
 
     sites: dict[str, SiteEvidence]
     searched: SearchedSets = field(default_factory=SearchedSets)
@@ -162,7 +155,6 @@ def _over_words(found: SiteEvidence | InContext, row: Named, s: float) -> str:
 def _confirm_sets(
     searched: Searched, held: Held, chunks: list[Chunk], halves: tuple[Half, Half], *, s: float, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Edit the sets on confirmation with their controls, and look at what else the chosen one breaks."""
     found, site, (first, half), chosen = held.searched, searched.first, halves, held.chosen
     ranked = ranked_curve(searched, chunks, half)
     sets, ablation = confirmed_sets(searched, held, chunks, halves, s=s, seed=seed)

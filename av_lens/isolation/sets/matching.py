@@ -78,7 +78,6 @@ def matched_sets(
 
 
 def _pool(member: Node, members: Sequence[Node], norms: Norms, factor: float, away: float) -> list[StandIn]:
-    """A member's stand-ins of its own kind."""
     heads = [MLP] if member[1] == MLP else range(norms.shape[1] - 1)
     layers = [layer for layer in range(len(norms)) if abs(layer - member[0]) <= away]
     near = [(layer, head) for layer in layers for head in heads if (layer, head) not in members]
@@ -145,7 +144,6 @@ def _disjoint(stand_ins: Sequence[StandIn]) -> bool:
 
 
 def _matched(stand_ins: Sequence[StandIn], pools: Sequence[Sequence[StandIn]]) -> bool:
-    """Whether every member can have one of these from its own pool."""
     allowed = csr_matrix(np.array([[one in pool for pool in pools] for one in stand_ins], dtype=np.int8))
     return bool((maximum_bipartite_matching(allowed, perm_type="column") >= 0).all())
 

@@ -1,8 +1,7 @@
 """What does each member of a chosen set do in the set's context? Protocol section 6.
 
 The release of a member of a redundant set is next to nothing while the others stand in for it. So a member h of a set S
-is measured in the run in which S without h is edited (by the set's donor): its release there is release(S) - release(S
-without h), and its direct share, reads and damage are taken there. Cuts and roles are those of single heads; it has no
+is measured in the run in which S without h is edited: its release there is release(S) - release(S without h). It has no
 q and no max-T p, as it was found by a search and not by a test.
 """
 

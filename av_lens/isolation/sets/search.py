@@ -178,7 +178,6 @@ def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False
 
 
 def _in_turn(members: Members, by_donor: Mapping[str, SetReleases]) -> dict[Node, dict[str, float]]:
-    """Measure what a set loses without each member, all edited by each donor in turn."""
     out: dict[Node, dict[str, float]] = {head: {} for head in members}
     smaller = {head: tuple(other for other in members if other != head) for head in members}
     for donor, releases in by_donor.items():

@@ -1,7 +1,7 @@
 """Sets of heads and MLPs edited together: what they release, and what else they break (`CONTROLS`, protocol section 8).
 
 Sets that the search asks for nearly always share all members but one: `SetReleases.added` edits the shared members
-once, and each further head restarts at its own layer. The likeliest token of the whole vocabulary tells who is right.
+once, and each further head restarts at its own layer.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ def release_of_sets(
 
 
 def _chunk_release(chunk: Chunk, sets: Sequence[Sequence[Node]], donors: Sequence[str]) -> dict[str, np.ndarray]:
-    """Edit the sets in `va` and `av` of one stack: `[batch, set]` of each figure."""
     candidates, tops = chunk.bench.candidates, list[np.ndarray]()
 
     def change(cell: str) -> np.ndarray:
@@ -153,7 +152,6 @@ class SetReleases:
         sets: Sequence[Members],
         compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]],
     ) -> None:
-        """Measure sets on every chunk, in both cells, and keep what each releases."""
 
         def release(chunk: Chunk) -> Arrays:
             def change(cell: str) -> np.ndarray:
