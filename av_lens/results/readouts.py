@@ -142,10 +142,14 @@ _DIMS: dict[str, tuple[str, ...]] = {
 class LensReadout(Saved):
     """What a logit lens read.
 
-    `ranks` and `probabilities` are `[example, word, layer, pos]`, `top_ids` and `top_probabilities` `[example, layer,
-    pos, place]` (NaN, -1 where an example has no such position), `texts` the text of every token among them.
-    `best_others` is the best rank over positions of other sounds' words, `[example, layer, other]` (NaN for the
-    example's own), `said` whether the first word is the model's answer, `[example]`.
+    Attributes:
+        ranks: ranks of the words, `[example, word, layer, pos]`; NaN where an example has no such position.
+        probabilities: probabilities of the words, likewise.
+        top_ids: the likeliest tokens, `[example, layer, pos, place]`; -1 where an example has no such position.
+        top_probabilities: their probabilities.
+        texts: the text of every token among them.
+        best_others: the best rank over positions of other sounds' words, `[example, layer, other]`; NaN for its own.
+        said: whether the first word is the model's answer, `[example]`; NaN without words.
     """
 
     kind: ClassVar[str] = "a saved readout"

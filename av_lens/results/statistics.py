@@ -1,9 +1,9 @@
 """How sure are we of a mean, a share, a hundred heads at once? Protocol sections 7 and 8.
 
-What is resampled or flipped is the *component* (conflicts that share clips), never the conflict. Max-T: each test's T =
-sum / sqrt(sum of squares of the component sums), against the largest T of the whole family in the same flip. Large
-positive means give small p; sampled, p = (1 + count) / (1 + flips). Harm: 59 items without one failure are the fewest
-that bound the share below 5% (.95^59 < .05). NaN examples are left out of that column; a column of NaN gives NaN.
+What is resampled or flipped is the *component* (conflicts that share clips), never the conflict. Max-T compares sum /
+sqrt(sum of squares of the component sums) with the largest of the whole family in the same flip. Large positive means
+give small p; sampled, p = (1 + count) / (1 + flips). Harm: 59 items without one failure are the fewest that bound the
+share below 5% (.95^59 < .05). NaN examples are left out of that column; a column of NaN gives NaN.
 
 Sources: Westfall and Young (1993) for max-T; Benjamini and Hochberg (1995); Holm (1979); Clopper and Pearson (1934).
 """
