@@ -3,8 +3,8 @@
 Answers come as token ids `[example or 1, option, token]`, padded with -1. An option without tokens does not exist for
 that example: it scores minus infinity (its rank: infinity), so that pooling passes over it.
 
-The form of a word is chosen by protocol section 1: after the header of its turn one model answers "dog" and another "
-dog", and a metric that reads the other one measures nothing. A form of several tokens is at most as likely as its
+The form of a word is chosen by protocol section 1: after the header of its turn one model answers "dog" and another
+" dog", and a metric that reads the other one measures nothing. A form of several tokens is at most as likely as its
 first: it is run to its end only where that could change the choice or a refusal; else the bound stands in its place
 (`Forms.at_most`). What a model says in the other forms is part of no score.
 """
