@@ -5,9 +5,7 @@ token. Sound comes as frames of 20 ms every 10 ms; two convolutions of stride 2 
 mel frame 4k. Positions are counted, so that ids say no time: on the model's clock frame i of a video lasts from i / fps
 to (i + 1) / fps, an image one second, token k of a sound from 40 k ms on. A run cannot be restarted between its layers.
 
-Gemma 3n is refused here, since it has no one residual stream: its decoder carries four (AltUp; Baykal et al., 2023),
-mixed anew before each layer by weights that depend on the token, so that `resid_post` of a layer is not `resid_pre` of
-the next, and no decomposition, path or direct share is defined.
+Gemma 3n is refused here, since it has no one residual stream (AltUp; Baykal et al., 2023): see `docs/families.md`.
 """
 
 import re

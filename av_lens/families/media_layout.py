@@ -2,8 +2,8 @@
 
 Sampling: at `fps`, the targets are 0, 1/fps, 2/fps, ... before the picture's end, and for each the frame whose true
 time is nearest is taken (of two equally near, the earlier). A target in the last half frame before the picture's end is
-left out. A still picture read as a video is shown for its whole duration. The processor gets the sampled frames, its
-own sampling off, some at a time where they are many: the same pixels to the bit.
+left out. A still picture read as a video is shown for its whole duration. The processor's own sampling is off; the last
+frame is repeated to a multiple of the temporal patch (2).
 
 The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to 300 s: the
 same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame. A family whose tower takes

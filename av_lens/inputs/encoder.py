@@ -170,7 +170,7 @@ def choose(
 ) -> tuple[str | None, str | None]:
     """Decide which streams go in (sound, picture) and how, and refuse what the clip does not have.
 
-    "auto" takes both, the sound woven in where the model does so, and one frame as an image where it takes no video.
+    "auto" takes both; a still, or the middle frame for a model that takes no video, goes in as an image.
     """
     if sound not in SOUND:
         raise InputError(unknown("option sound=", sound, SOUND))

@@ -1,7 +1,10 @@
 """A manifest of conflicts: a file with one conflict per line, checked as a whole before anything heavy is imported.
 
-The keys of a line stand in `docs/inputs.md`. *All* faults, of the files' headers too, come in one error with their line
-numbers. Answers are compared as words here; which tokens they are shows only with a model.
+Each line is a json object: `sound` and `picture` (paths relative to the manifest), `question`, `answers` (the sound's,
+then the picture's; words or lists of synonyms), and optionally `id`, `start` and `end` (seconds, for both files, or a
+list of the sound's and the picture's), `prefix`, `see`, `control`, `describe`, `source` (what the sound's clip and the
+picture's were cut from: two texts) and `references` (a text on each of the two). *All* faults, of the files' headers
+too, come in one error with their line numbers. Which tokens answers are shows only with a model.
 """
 
 import json

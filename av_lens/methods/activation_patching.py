@@ -1,7 +1,7 @@
 """Activation patching: what does the answer become, if one place is as it was in the other run?
 
 `effects = metric(edited) - metric(the run being edited)`; `normalized()` is 0 at the run that was edited and 1 at the
-donor. The edited run is recorded once and restarted for every place (exact). `over` says which axes are iterated:
+donor. Positive by "denoise": the place restores; negative by "noise": it is needed. `over` says what is iterated:
 
     over="head" or "layer head"   every head's z                              [example, layer, head]
     over="group"                  the query heads of every key-value head     [example, layer, group]

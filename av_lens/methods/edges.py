@@ -13,8 +13,9 @@ causes. Keys and values are ungrouped: "L4H2.k" is the key that query head 2 alo
     variant="ig_activations"  for each sender group (embedding, a layer's heads, an MLP) its mean over runs in which
                               what this group writes lies between base and donor
 
-The means are midpoint sums over `steps`. Closure: the embedding's edges sum to m(donor) - m(base) along the integrated
-path; with "ig_activations" every group's edges sum to the exact effect of patching it.
+A positive score raises the metric when the donor's value comes in. The means are midpoint sums over `steps`. Closure:
+the embedding's edges sum to m(donor) - m(base) along the integrated path; with "ig_activations" every group's to the
+exact effect of patching it.
 
 Source: Syed et al. (2023); EAP-IG: Hanna et al. (2024); the activations variant: Mueller et al. (MIB, 2025). Not done:
 answers of several tokens (at their own positions edges leave that no donor gives).

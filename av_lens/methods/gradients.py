@@ -9,7 +9,7 @@
     error      atp_fixed - exact
 
 A guess costs one backward pass through the suffix (and one for each layer with `drop`); the fix covers the layer's own
-softmax only.
+softmax only. Signs are those of `patch`.
 
 Source: Nanda (2023); AtP*: Kramár et al. (2024, 2403.00745). Not done: edits of several layers at once, the paper's
 bound on what was missed (raise `top` instead), and, for answers of several tokens, `drop` and the fix of keys: the

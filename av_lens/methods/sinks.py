@@ -49,7 +49,7 @@ class Sinks:
         span: their positions; fit for cuts and sites. `x.spans.media - span` is the rest.
         table: one row for each: `position token role start_s incoming times examples read_by_picture read_by_sound
             score kind`; `times` is incoming over its mean, `examples` the share of examples in which it passes alone.
-        dimensions: one row for each layer and sink dimension: `layer dimension at_sinks elsewhere`.
+        dimensions: one row for each layer and sink dimension: `layer dimension at_sinks elsewhere` (other media).
         incoming: incoming attention, `[example, pos]`.
         elsewhere: one row for each position that passes the same bar and is no media position, nor in the suffix:
             `position token role start_s incoming times examples`.

@@ -192,10 +192,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What one run holds of a component, to be put in place in another run: `[batch or 1, pos, (head,) d]` by layer.
-
-    `rows` says where each position of the *edited* run lies, `logits` are those of the run itself.
-    """
+    """What one run holds of a component for another, by layer; `rows`: where the edited run's positions lie."""
 
     component: str
     values: dict[int, Tensor]
