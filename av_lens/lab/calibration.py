@@ -138,7 +138,7 @@ def model_folder(name: str) -> Path:
 
 
 def read_plant(name: str) -> PlantTruth:
-    """Read what is known of a model, a folder or short name; without a truth file "balanced" if its record says so."""
+    """Read what is known of a model: its truth file; without one "balanced" if its record says so, or "subject"."""
     path = model_folder(name) / TRUTH
     if not path.is_file():
         trained = path.with_name("training.json")

@@ -129,7 +129,7 @@ def run_layer(
     earlier: tuple[Float[Tensor, "_plan batch old kv_head d_head"], Float[Tensor, "_plan batch old kv_head d_head"]]
     | None = None,
 ) -> Made:
-    """Run a layer on all plans' restarted positions, the stream at `rows` alone; `earlier` keys and values are own."""
+    """Run a layer on all plans' restarted positions, the stream at `rows` alone; `earlier`: own keys while decoding."""
     if number == 0:
         stream = taps("embed", None, stream)
     stream = taps("resid_pre", number, stream)
