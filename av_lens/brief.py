@@ -1,8 +1,4 @@
-"""How nouns show themselves: each field in a few words, so that a repr fits a screen whatever the tensors' sizes.
-
->>> briefly(("z", "q", "k", "v", "pattern"))
-"('z', 'q', 'k', ... 5 in all)"
-"""
+"""How nouns show themselves: each field in a few words, so that a repr fits a screen whatever the tensors' sizes."""
 
 from collections.abc import Mapping
 from dataclasses import fields

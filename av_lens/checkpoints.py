@@ -1,12 +1,8 @@
 """Where a checkpoint lies, and whether its folder can be one: what can be said of a model before torch is imported.
 
 A short name ("av-tiny") is a folder that ships with the package; anything else is a local folder or a name on the
-HuggingFace hub. Of a folder are read: the configurations, and the headers of the weights, which say how long a file
-should be, so that a copy that was cut short is told at once. Weights are safetensors: pickled ones can run code when
-they are opened, and are refused. `load` makes the same checks.
-
-Not done: a name on the hub is looked up only when it is loaded, and so are the numbers in the weights. Symbolic links
-are followed wherever they lead.
+HuggingFace hub. Headers of weights say how long a file should be, so that a copy that was cut short is told at once.
+Symbolic links are followed wherever they lead.
 """
 
 import math

@@ -1,9 +1,4 @@
-"""Small checks of arguments, and the border for files: refusals read alike everywhere.
-
-Each says what was asked, what would have been accepted, and raises the error class that its caller names. A file from
-elsewhere is foreign matter: `parse_json` takes what json allows and no more, `foreign_file` turns whatever a parser of
-files raises into one sentence about that file.
-"""
+"""Small checks of arguments, and the border for files: refusals read alike everywhere."""
 
 import difflib
 import inspect
@@ -100,10 +95,7 @@ def half_character(text: str) -> str:
 def foreign_file(
     path: str | os.PathLike[str], what: str, *, mend: str = "", error: type[AvLensError] = InputError
 ) -> Generator[None, None, None]:
-    """Turn whatever is raised while a file from elsewhere is read into one sentence about that file.
-
-    Numbers that do not fit their type are errors here, not warnings: the result would be another one.
-    """
+    """Turn what is raised while a file from elsewhere is read, misfitting numbers too, into one sentence about it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)

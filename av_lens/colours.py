@@ -1,7 +1,6 @@
 """Which colour means what, in figures, pages and strips of positions alike; no other file names a colour.
 
-Blue is the sound and vermilion is the picture, wherever either is drawn and nowhere else. All are those of Okabe and
-Ito, which stay apart under every common colour blindness. `FREE` is for what has no meaning of its own.
+Blue is the sound, vermilion the picture. All are those of Okabe and Ito; `FREE` is for what has no meaning of its own.
 """
 
 from typing import Any

@@ -1,26 +1,15 @@
 """Which position is what: spans and the map that partitions a prompt into them.
 
-Question: which positions hold the sound, the picture, the question, and when and where in the clip is each?
-Every position has exactly one leaf role. A media position also has an interval on two clocks, in seconds: the
-*model's* (what its position ids say) and the *source's* (the true times of the frames or samples behind it), and a
-picture's position has the row and column of its patch. A span is a set of positions; it prints as runs, because with
-sound taken from a video the two modalities alternate in chunks.
-
-Times are half-open, `[start, end)`, and NaN where a position has none; rows and columns are -1 there. In the layout
-with separate video and audio the model gives them disjoint position ranges: each block's model clock starts at 0 with
-its own first position.
-
-Not done: spans over several prompts, and spans that know their tensors.
+A media position has an interval on two clocks, in seconds: the *model's* (what its position ids say) and the *source's*
+(the true times behind it). Times are half-open, `[start, end)`, and NaN where a position has none; rows and columns are
+-1 there. In the layout with separate video and audio each block's model clock starts at 0 with its own first position.
 
 Example:
-    >>> import numpy as np
     >>> spans = SpanMap.of_roles(["boundary", "audio", "audio", "question", "generation"])
     >>> spans.audio.runs
     ((1, 3),)
     >>> spans["audio|question"].positions.tolist()
     [1, 2, 3]
-    >>> spans.generation_position
-    4
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""How results reach rooms above them, to draw, report and plan: by name, when they are asked to.
-
-`results` is imported without torch and without plotly, and knows no later room; what `grid.plot()` draws with is looked
-up here, when it is drawn.
-"""
+"""How results reach rooms above them, to draw, report and plan: by name, since `results` is imported without torch."""
 
 import importlib
 from typing import Any

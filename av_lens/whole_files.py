@@ -1,10 +1,7 @@
 """Files that are there whole or not at all, and what becomes of a file that cannot be written or read back.
 
-Everything that av_lens writes goes through here: into a `.NAME.*.part` beside the file, onto the disk, and from there
-to its place. A full disk, a folder that is read-only or none, a file where a folder should be: one sentence, with the
-file as it was before. A process that is killed leaves at most the part; `sweep_partials` removes such leftovers.
-
-What av_lens wrote and reads again goes through `reading`: a file of foreign bytes is one sentence too.
+What av_lens writes goes into a `.NAME.*.part` beside the file, onto the disk, and from there to its place. A process
+that is killed leaves at most the part; `sweep_partials` removes it. What is read again goes through `reading`.
 """
 
 import io

@@ -1,8 +1,6 @@
 """What is said without torch: what can be loaded, the functions' defaults, and what is refused at once.
 
-A default typed twice drifts, and importing a function to ask it would load torch and take seconds before `--help` says
-a word: so signatures, and the choices that some words have, are read from the source. A test compares every default
-here with the live signature. A wrong letter should cost a second, not the ten of loading a model.
+Signatures, and the choices of some words, are read from the source: importing a function to ask it would load torch.
 """
 
 import ast

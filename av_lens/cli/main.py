@@ -1,10 +1,8 @@
 """The command line: `av-lens demo | pairs | isolate | compare | inspect | generate | check | models | train | plant`.
 
-Every default is read from the function that does the work; what av_lens refuses is printed as one message, with exit
-code 2 and no traceback (`--debug` shows it), and so is what the system refuses, such as a log on a full disk. Work that
-stopped at its budget, at a full disk or at a clip that is gone exits with 3. SIGTERM and a closed terminal are what
-Ctrl-C is: every file is whole or as it was, one sentence, exit code 128 and the signal's number (130 for Ctrl-C, 143
-for SIGTERM); the same command goes on from what was finished. Nothing heavy is imported before a command needs it.
+What av_lens or the system refuses is one message, with exit code 2 and no traceback (`--debug` shows it). Work that
+stopped at its budget, at a full disk or at a clip that is gone exits with 3, by a signal with 128 and its number (130
+for Ctrl-C); the same command goes on. Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations

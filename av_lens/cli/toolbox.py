@@ -1,10 +1,7 @@
 """One command for each method of the toolbox, its flags read from the function's signature and docstring.
 
-    av-lens patch MODEL PAIRS --over "layer head" --at suffix --out DIR
-
-PAIRS is a manifest of conflicts. What a method is handed is said by its *feed*: the conflicts themselves, one cell of
-each (`--cell`, at first `va`), or two cells as an aligned pair (`--clean`, `--corrupt`). The metric is the sound's
-answer against the picture's. A flag that is left out is not passed on, so defaults are the functions' own.
+What a method is handed is said by its *feed*: conflicts, one cell of each (`--cell`), or two cells as an aligned pair
+(`--clean`, `--corrupt`). A flag that is left out is not passed on, so defaults are the functions' own.
 """
 
 import ast

@@ -1,9 +1,7 @@
 """What long work costs before it is paid for, what fits into one run, and how it can be watched.
 
-TransformerLens stores each hook's tensor under every one of its names; tensors that several hooks share are stored
-once. So a cache costs the number of *distinct* tensors: at 7B width and 1,000 positions about 0.5 GB a layer in
-bfloat16. A run without a cache is bounded too: its attention scores are computed in blocks beyond the budget (see
-`bridge.attention`), and what cannot be (hooks on whole scores, logits of all positions) is refused before it begins.
+TransformerLens stores each hook's tensor under every one of its names, shared ones once: a cache costs the number of
+*distinct* tensors.
 """
 
 from __future__ import annotations
@@ -31,13 +29,7 @@ Progress = Callable[[str, int, int], None]  # called as `progress(stage, done, t
 
 
 class Bars:
-    """Progress bars for callbacks `(stage, done, total)`: one bar a stage, or one line a stage where nobody watches.
-
-    ```python
-    with Bars() as bars:
-        isolate(model, conflicts, progress=bars)
-    ```
-    """
+    """Progress bars for callbacks `(stage, done, total)`: one bar a stage, or one line a stage where nobody watches."""
 
     def __init__(self, console: Console | None = None):
         console = self.console = console or Console(stderr=True, highlight=False)
@@ -231,10 +223,7 @@ def bounded(
 def require_budget(
     names: Iterable[str], spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int, budget_gb: float | int
 ) -> None:
-    """Refuse a cache beyond the budget, naming a filter that fits.
-
-    A cache of scores or patterns needs a layer's whole scores while it runs, which count too.
-    """
+    """Refuse a cache beyond the budget, naming a filter that fits; of kept scores a layer's whole ones count too."""
     taken = partial(_taken, spec, batch, n_pos, itemsize)
     need = taken(names)
     if need <= budget_gb:

@@ -1,16 +1,8 @@
 """What goes into a call of a model and comes out: text or ids, keywords, turns; activations, logits and the cache.
 
-*Turns.* Whoever attaches hooks or runs the model holds its turn meanwhile; other threads wait. The same thread may
-enter again (a hook that runs the model, a verb that calls another). A bridge and what is `bound` to it share one turn.
-
-*Keywords.* HuggingFace's forward drops keywords that it does not know, and TransformerLens hands it all that it does
-not know: a misspelt one would ask for nothing, in silence. What is accepted is read off the signatures of the functions
-that take it; some of theirs are refused in words, because they would be wrong or without effect here.
-
-*Text.* A list of prompts is padded on the side that `model.tokenizer.padding_side` names: the left, unless it was set
-otherwise, so that `logits[:, -1]` is every prompt's last (with right padding it is a pad of a shorter one). The mask of
-the pads goes to the model, whose own position ids count from it: every prompt gives what it gives alone. Ids without a
-mask are read as TransformerLens's HookedTransformer reads them: a run of pad tokens at an end of a row is padding.
+*Turns.* Whoever attaches hooks or runs the model holds its turn; other threads wait, the same may enter again.
+*Keywords.* HuggingFace drops keywords that it does not know, in silence: what is accepted is read off the signatures of
+the functions that take it. Text, pads and masks: `docs/hooks.md`.
 """
 
 from __future__ import annotations
@@ -92,11 +84,7 @@ def is_packed(hf_model: Any) -> bool:
 
 
 def require_known_layers(model: Any, what: str) -> None:
-    """Refuse what reads the weights of layers, of a model whose layers are not of the layout that is known here.
-
-    Raises:
-        ModelError: they are not; the message says what they do.
-    """
+    """Refuse what reads the weights of layers whose layout is not known here; the ModelError says what they do."""
     reason = model.family.replay_traits(model.config).layers
     if reason:
         raise ModelError(

@@ -1,8 +1,6 @@
 """Generation with interventions, by HuggingFace's own `generate` run inside the bridge's hooks.
 
-Hooks fire on the prompt and at every decoding step, where there is one new position; plans know that. TransformerLens's
-own generation routes lose the media after the first token or crash on three-stream positions, so they are not used.
-Greedy tokens equal HuggingFace's.
+TransformerLens's own routes lose the media after the first token or crash on three-stream positions.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,21 +1,8 @@
 """Run a model once: with a plan, gated hooks open for that run alone, keeping what was asked; and which hooks stand.
 
-`run` is the plain verb under everything else: one forward, checked before it is paid for, with a record that every edit
-fired. What it keeps is named by component (`"z"`), by site (`Site("z", 5, head=3, positions="generation")`, only that
-slice is kept) or by a hook's name; the memory is estimated first and refused beyond `budget_gb`.
-
-    >>> out = run(model, x, plan=Plan(zero(Site("z", 5, head=3))), capture=["z", "pattern"])  # doctest: +SKIP
-    >>> out.logits[:, -1], out.cache["z", 5], out.fired                                     # doctest: +SKIP
-
-TransformerLens fires `hook_result`, `hook_mlp_in`, `hook_attn_in` and `hook_q/k/v_input` only after a switch is set on
-the model, and refuses or skips them otherwise; a switch left on makes every later run dearer. Here the run opens the
-switches that its hooks need, and puts them back.
-
-`standing_hooks` looks at all roads by which a function of the caller's can enter a run: hook points (`model.hooks`,
-`add_hook`, permanent ones), torch's own forward and backward hooks on any module of the bridge or of the HuggingFace
-model, torch's global hooks, and a module's `forward` that was written over. Two states are equal where the same
-functions stand in the same places in the same order, whatever they do. Not seen: a function that keeps its identity and
-changes its mind (a counter, a factor read from outside), and modules whose class was changed.
+`standing_hooks` looks at all roads by which a function of the caller's can enter a run (`docs/replay.md` lists them).
+Two states are equal where the same functions stand in the same places in the same order, whatever they do. Not seen: a
+function that keeps its identity and changes its mind, and modules whose class was changed.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -78,11 +65,7 @@ def _set(bridge: Any, gates: dict[str, bool]) -> None:
 def gates_of_filter(
     names_filter: str | Sequence[str] | Callable[[str], bool] | None, known: Iterable[str]
 ) -> frozenset[str]:
-    """The switches a filter asks for.
-
-    A function opens the switches of the gated hooks it accepts, unless it accepts every hook: that is a sweep, not a
-    wish for tensors of the size `[batch, pos, head, d_model]`.
-    """
+    """The switches a filter asks for: of a function the gated hooks that it accepts, unless it accepts every hook."""
     known = tuple(known)
     if names_filter is None:
         return frozenset()
@@ -301,12 +284,7 @@ def logits_of(
     *,
     budget_gb: float | int = BUDGET_GB,
 ) -> Tensor:
-    """Run the model under hooks and unembed the asked positions only.
-
-    The logits of every position of a real prompt are larger than all its layers' activations together, so the other
-    positions are dropped before the unembedding, unless a hook looks there: one of these, or one that stands on the
-    model.
-    """
+    """Run the model under hooks and unembed the asked positions only, unless a hook looks at the unembedding."""
     rows = rows.to(model.device)
     shown = {id(module) for module in (None, model.hf_model, model.bridge, *model.bridge.unembed.modules())}
     looks = any(name.startswith("unembed") for name, _ in hooks)

@@ -1,8 +1,6 @@
 """A model in another mode, precision, place or numerics; and a second one with the same weights beside it.
 
-Training mode lets dropout act, where the configuration has any, and is what TransformerLens's training tools ask for;
-a trace is of evaluation mode and is refused in the other. Precision and place change the weights that are there: what
-was derived from them is derived anew, and traces that were recorded before are of the old weights.
+What was derived from changed weights is derived anew; traces that were recorded before are of the old ones.
 """
 
 import copy
@@ -56,8 +54,8 @@ def in_precision(model: Any, dtype: torch.dtype) -> Any:
 def cast(hf_model: Any, dtype: torch.dtype) -> None:
     """Change the precision of a model's weights, in place.
 
-    Rotary tables and other constants that no checkpoint holds keep theirs, as when the checkpoint is loaded in that
-    precision: in bfloat16 a rotary table alone moves logits by a tenth.
+    Rotary tables and other constants that no checkpoint holds keep theirs: in bfloat16 they alone move logits by a
+    tenth.
     """
     tables = [
         (module, name, module._buffers[name])
@@ -93,11 +91,7 @@ class TorchModes:
     provenance: Any
 
     def eval(self: M) -> M:
-        """Switch to evaluation mode, in which models are loaded.
-
-        Returns:
-            This model.
-        """
+        """Switch to evaluation mode, in which models are loaded, and return this model."""
         return self.train(False)
 
     def train(self: M, mode: bool = True) -> M:
@@ -171,11 +165,7 @@ class TorchModes:
         return self
 
     def cpu(self: M) -> M:
-        """Move this model to the CPU.
-
-        Returns:
-            This model.
-        """
+        """Move this model to the CPU, and return it."""
         return self.to("cpu")
 
     def cuda(self: M, device: int | str | torch.device | None = None) -> M:
@@ -190,35 +180,19 @@ class TorchModes:
         return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
 
     def half(self: M) -> M:
-        """Change the weights to float16.
-
-        Returns:
-            This model.
-        """
+        """Change the weights to float16, and return this model."""
         return self.to(torch.float16)
 
     def bfloat16(self: M) -> M:
-        """Change the weights to bfloat16.
-
-        Returns:
-            This model.
-        """
+        """Change the weights to bfloat16, and return this model."""
         return self.to(torch.bfloat16)
 
     def float(self: M) -> M:
-        """Change the weights to float32.
-
-        Returns:
-            This model.
-        """
+        """Change the weights to float32, and return this model."""
         return self.to(torch.float32)
 
     def double(self: M) -> M:
-        """Change the weights to float64.
-
-        Returns:
-            This model.
-        """
+        """Change the weights to float64, and return this model."""
         return self.to(torch.float64)
 
     def compatible(self: M) -> M:

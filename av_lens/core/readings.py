@@ -3,13 +3,8 @@
     attention   mass(Q, K) = sum over q in Q, k in K of p[q, k]
     value       mass(Q, K) = sum over q in Q, k in K of p[q, k] |v_k W_O|     (the norm of what is moved)
 
-p is one head's pattern, v_k that head's value at position k (shared by the heads of a group), W_O its output matrix,
-|.| the Euclidean norm. A hook reduces each layer's pattern to sums as it passes and lets go of it, so the memory is
-that of one layer's forward. |v W_O| = |v R^T| with the triangular factor R of W_O's QR decomposition: exact, and as
-cheap as the head is narrow.
-
-Sinks (protocol section 3): media positions whose incoming value-weighted attention from the suffix, over all layers
-and heads, is more than 10 times the mean over media positions.
+A hook reduces each layer's pattern to sums as it passes. |v W_O| = |v R^T| with the triangular factor R of W_O's QR
+decomposition: exact, and as cheap as the head is narrow.
 
 Source: Kobayashi et al. (2020) for the norm; streaming is ours.
 """

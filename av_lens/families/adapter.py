@@ -1,6 +1,6 @@
 """How TransformerLens's components map onto a decoder: one adapter for every pre-norm, rotary, gated decoder.
 
-A family says where its parts lie and what its layers have beyond the plain ones; everything else is the same for all.
+A family says where its parts lie and what its layers have beyond the plain ones:
 
 | fact | what it says |
 |---|---|
@@ -13,19 +13,8 @@ A family says where its parts lie and what its layers have beyond the plain ones
 | `fused` | projections that are stored as one, by path in a layer, and what each of their parts is called |
 | `inner` | what is mixed into the inner model, so that it runs as it is called here |
 
-Where a restart in the middle of a run is not exact is a family's to say too (`ReplayTraits`). A restart at layer l
-and position p hands the layers three things: the recorded stream, the recorded keys and values before p, and the mask
-of the first layer. It is exact where a layer reads nothing else and nothing after its own position. Each family
-declares where that does not hold (`replay_traits(config)`), and replay either allows for it or runs full hooked
-forwards, which are always exact, and says why in `trace.hooked_because`.
-
-| trait | what breaks | what replay does |
-|---|---|---|
-| `bidirectional` | inside a block of media, positions read later ones | starts at the block's first position |
-| `sliding_window` | some layers have another mask than the first | hooked, where the prompt is longer than the window |
-| `per_layer_inputs` | layers read embeddings of their own | hooked |
-| `shared_keys` | layers read another layer's keys and values | hooked |
-| `layers` | layers are not of the layout that `decoder` writes down | hooked; what reads their weights is refused |
+It also says where a restart in the middle of a run is not exact (`ReplayTraits`; `docs/replay.md` lists what follows):
+where a layer reads more than the recorded stream, keys, values and the first layer's mask, or later positions.
 """
 
 from __future__ import annotations
@@ -115,9 +104,8 @@ class ReplayTraits:
 class TowerBridge(GeneralizedComponent):
     """An encoder as one piece: `hook_in` on its features, `hook_out` on the embeddings that the fusion stack receives.
 
-    TransformerLens hooks `last_hidden_state`; a vision tower's merged tokens are its `pooler_output`. Without a field
-    the output is they; with a depth the field holds what every layer made, and they are read there, counted from the
-    end. Where a `memory` is set, it may answer in the encoder's place: `memory(encoder, args, kwargs)`.
+    These are the output, one of its fields, or at a depth (from the end) of it. A `memory(encoder, args, kwargs)` may
+    answer in the encoder's place.
     """
 
     def __init__(self, name: str, field: str | None, depth: int = 0) -> None:
@@ -268,8 +256,7 @@ class WithMedia:
 class Continued(WithMedia):
     """Mixed into HuggingFace's inner model: it also continues a cache without being told positions.
 
-    HuggingFace's positions of such a step are those of the whole mask, and how far media moved them is remembered of
-    the last prompt alone. A prompt that comes without a mask is whole: HuggingFace would count its media as text.
+    HuggingFace remembers of the last prompt alone how far media moved them, and counts media as text without a mask.
     """
 
     rope_deltas: Any
@@ -345,12 +332,9 @@ def experts_units(config: Any) -> int:
 
 
 def causal_decoder(config: Any) -> ReplayTraits:
-    """Restarts are exact but for layers with a sliding window beside others, where a config has them.
+    """Restarts are exact, but for layers with a sliding window beside others, where a config has them.
 
-    Where all layers have one window, their one mask is recorded with the run.
-
-    Media enter with the embeddings, and else only as what is added after a layer (recorded with the run); every layer
-    has its own keys and values, and attention is causal throughout.
+    Media enter with the embeddings, and else only as what is added after a layer (recorded with the run).
     """
     text = config.get_text_config()
     kinds: set[str] = set(getattr(text, "layer_types", None) or ())

@@ -1,29 +1,14 @@
 """A decoder layer, its attention, its norms and the towers, each stage a real hook, equal to HuggingFace's eager.
 
-TransformerLens's `hook_embed` is the text embedding; a model that scatters media features into the stream does so
-afterwards, so every decomposition that starts at `hook_embed` would miss the media. The raw text embedding stays
-readable at `embed.hook_out`.
+In TransformerLens's own block a write at `hook_resid_mid` reaches the MLP but not the stream, because the wrapped layer
+keeps the stream in a local variable. Here the layer's arithmetic is written out, in HuggingFace's order. `hook_embed`
+is the stream after the media are scattered in; else decompositions would miss them.
 
-    resid_mid  = resid_pre + attn(ln1(resid_pre))         hook_resid_pre, hook_attn_out, hook_resid_mid
-    resid_post = resid_mid + mlp(ln2(resid_mid))          hook_mlp_in, hook_mlp_out, hook_resid_post
+Outputs that TransformerLens recomputes as sums over heads (`hook_result`, input forks) are *differences* here: the
+exact output, plus what an edit changed. Nothing edited means nothing moved, in any precision.
 
-In TransformerLens's own block `hook_resid_mid` is the norm's input: a write reaches the MLP but not the stream, because
-the wrapped layer keeps the stream in a local variable. Here the layer's arithmetic is written out, in HuggingFace's
-order, so the same hook carries the stream itself.
-
-    scores  = rot_q @ rot_k^T * scaling + mask        hook_rot_q, hook_rot_k, hook_attn_scores
-    pattern = softmax(scores)  in float32             hook_pattern
-    z       = pattern @ v                             hook_v, hook_z
-    out     = z @ W_O                                 hook_result, hook_out
-
-TransformerLens's own reimplementation recomputes the output as a sum over heads once `hook_result` is asked for, and
-q, k, v head by head once their input forks are: in bfloat16 at true width that moves logits by up to 0.08. Here both
-are *differences*: the exact output, plus what an edit changed. Nothing edited means nothing moved, in any precision.
-
-Scores grow with the square of the prompt. Where a layer's would pass the budget, and no hook looks at its scores or
-pattern, the queries are taken in blocks: each row of the softmax is its own, so only the matrix products' order of
-summation can differ (float32: to the bit or 1e-6; measured in the tests). Gradients then recompute each block instead
-of keeping its pattern. Where a hook asks for all scores, the run is refused.
+Where a layer's scores would pass the budget, and no hook looks at them, the queries are taken in blocks; gradients then
+recompute each block. Where a hook asks for all scores, the run is refused.
 """
 
 from collections.abc import Generator
@@ -75,11 +60,7 @@ def install_embed_hook(bridge: Any) -> None:
 
 
 class FullBlockBridge(BlockBridge):
-    """A pre-norm decoder layer with a real, writable `hook_resid_mid`.
-
-    Attributes:
-        own_layout: what the layer does beyond the layout that `families.decoder.Layer` knows; empty where nothing.
-    """
+    """A pre-norm layer with a writable `hook_resid_mid`; `own_layout`: what `families.decoder.Layer` does not know."""
 
     own_layout: str = ""
 
@@ -128,11 +109,7 @@ class FullBlockBridge(BlockBridge):
 
 
 class RealRMSNormBridge(RMSNormalizationBridge):
-    """RMSNorm in HuggingFace's own order of operations, whose hooks are always on the road.
-
-    Without an edit the result is HuggingFace's to the bit in every precision. `hook_scale` enters as the ratio of the
-    true scale to the hooked one, exactly 1 where nothing was changed.
-    """
+    """RMSNorm in HuggingFace's order, its hooks on the road; `hook_scale` enters as a ratio, unedited 1."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Norm the stream."""

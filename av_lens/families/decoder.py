@@ -1,24 +1,18 @@
 """One decoder layer, written once: what it computes, for all who compute it or read its weights, and its hooks by name.
 
-Names are TransformerLens's own (`blocks.3.attn.hook_z`), built from a component and a layer, never parsed:
-
     >>> hook_name("z", 3)
     'blocks.3.attn.hook_z'
-    >>> hook_name("embed")
-    'hook_embed'
 
-A hook is *gated* when TransformerLens fires it only after a switch is set (`hook_result` costs a tensor
-`[batch, pos, head, d_model]` per layer). `HookedAVLLM` sets the switch for exactly the run that names the hook.
+A hook is *gated* when TransformerLens fires it only after a switch is set (`hook_result` costs a tensor `[batch, pos,
+head, d_model]` per layer). `HookedAVLLM` sets the switch for exactly the run that names the hook.
 
     q, k, v  = W_q n, W_k n, W_v n          n = ln1(stream); heads `[..., pos, head, d_head]`: here stand hook_q, _k, _v
     q', k'   = rotary(q_norm(q)), ...       the norms where the layer has them: here stand hook_rot_q, hook_rot_k
     z        = softmax(q' k'^T scaling + mask) v
     stream  += W_o z;   stream += W_down (act(W_gate m) * W_up m),   m = ln2(stream)
 
-`Layer` finds a block's own modules through the bridge, so that what a family's layers do otherwise (norms of queries
-and keys, another MLP) is said here and nowhere else. Attention is there in two ways, side by side: `attended`, with
-scores and pattern written out, and `flash`, torch's kernels, which hand back the log-sum-exp and store no scores (on
-CPUs and CUDA; where gradients are wanted, or no kernel takes the input, scores are written out there too).
+Attention is there twice: `attended`, with scores and pattern written out, and `flash`, torch's kernels, which store no
+scores (where gradients are wanted, or no kernel takes the input, they are written out there too).
 
 Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP.
 """
@@ -222,11 +216,7 @@ class Layer:
 
     @classmethod
     def of(cls, block: Any) -> Layer:
-        """Find the modules of one of the bridge's blocks.
-
-        Raises:
-            ModelError: a block that says that its layout is its own.
-        """
+        """Find the modules of a bridge's block; ModelError for one that says that its layout is its own."""
         if block.own_layout:
             raise ModelError(f"what computes this layer or reads its weights would be wrong here: {block.own_layout}.")
         attention, mlp = block.attn, block.mlp
@@ -310,11 +300,7 @@ class Layer:
         show: Callable[[str, Tensor], Tensor] = _shown,
         matched: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda first, second: (first, second),
     ) -> Tensor:
-        """What the MLP writes; `show` may change what stands at its hooks, `matched` brings two of these together.
-
-        Where there are experts `show` is given those that the router chose, "experts", `[*rows, chosen]`, and may name
-        others.
-        """
+        """What the MLP writes; `show` may change what stands at its hooks, and name other "experts"."""
         if self.experts is not None:
             rows = normed.reshape(-1, normed.shape[-1])
             logits, weights, own = self.router(rows)
@@ -342,10 +328,9 @@ def at_scale(norm: Any, stream: Tensor, base: Tensor) -> Tensor:
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor, *, fused: bool = False) -> Tensor:
-    """Apply rotary position to queries or keys: heads x cos + (-second half, first half) x sin.
+    """Apply rotary position: heads x cos + (-second half, first half) x sin, rounded in HuggingFace's order.
 
-    Each product is rounded, in HuggingFace's order; fused, the second is added without a rounding of its own, in place.
-    Tables that are narrower than a head turn its first numbers alone.
+    Fused, the second is added without a rounding of its own, in place. Narrow tables turn a head's first numbers alone.
     """
     width = cos.shape[-1]
     if width < heads.shape[-1]:

@@ -1,8 +1,7 @@
 """Projections that a checkpoint stores as one (queries, keys and values; gate and up), each made one of its own.
 
-The parts' weights are rows of the fused weight: nothing is copied, and whoever hooks, edits, reads or folds a
-projection finds the plain modules of every other decoder. A part's product is the fused one's rows: to the bit where a
-kernel sums in one order whatever the number of rows (on the CPUs tried), else to a rounding.
+The parts' weights are rows of the fused weight: nothing is copied. A part's product is the fused one's rows, to the bit
+where a kernel sums in one order whatever the number of rows, else to a rounding.
 """
 
 from collections.abc import Iterable, Mapping

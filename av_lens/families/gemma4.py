@@ -1,21 +1,11 @@
 """Gemma 4: a decoder of two kinds of layers, with and without a window, that reads video, image and sound.
 
-What its layers do otherwise is in `gemma4_blocks`. In a prompt, frames stand apart: each is its second as text
-("00:01"), a begin token, its tokens row by row, an end token. A frame is cut into patches of 16 pixels, and the tower's
-rows for 3 x 3 of them are averaged into one token. Sound comes as frames of 20 ms every 10 ms; two convolutions of
-stride 2 make a token of 40 ms: token k stands at mel frame 4k. Positions are counted, one by one, so that ids say no
-time: on the model's clock frame i of a video lasts from i / fps to (i + 1) / fps, an image one second, token k of a
-sound from 40 k ms on.
+A frame is its second as text ("00:01"), a begin token, its tokens row by row (3 x 3 patches of 16 pixels each), an end
+token. Sound comes as frames of 20 ms every 10 ms; two convolutions of stride 2 make a token of 40 ms: token k stands at
+mel frame 4k. Positions are counted, so that ids say no time: on the model's clock frame i of a video lasts from i / fps
+to (i + 1) / fps, an image one second, token k of a sound from 40 k ms on. A run cannot be restarted between its layers.
 
-Larger models let the tokens of a frame attend both ways, in layers with a window. Those without an audio tower take no
-sound.
-
-A run cannot be restarted between these layers: traces run hooked, and say so.
-
-Gemma 3n is refused here, since it has no one residual stream: its decoder carries four (AltUp; Baykal et al., 2023),
-mixed anew before each layer by weights that depend on the token. The layer's attention and MLP read the first alone;
-what they made is added to all four, each scaled by its own weight, so that `resid_post` of a layer is not `resid_pre`
-of the next, and no decomposition, path or direct share is defined.
+Gemma 3n is refused here, since it has no one residual stream (AltUp; Baykal et al., 2023): see `docs/families.md`.
 """
 
 import re

@@ -1,16 +1,10 @@
-"""Gemma 4's own blocks: what its layers do that no other family's do, and where they stand.
+"""Gemma 4's own blocks: what its layers do that no other family's do, and where they stand (`docs/families.md`).
 
     stream = (stream + norm(attn(ln1(stream))) + norm(mlp(ln2(.))) + norm(W_2 (act(W_1 .) * own))) * scalar
 
-Each write passes a norm of its own before it joins the stream (`ln1_post`, `ln2_post`): `hook_attn_out`, `hook_mlp_out`
-and `hook_resid_mid` stand behind it, `hook_z` and `hook_result` before. A layer may add a third write, of the stream
-and of an embedding that the layer has for each token (`per_layer_...`); and it scales the whole stream. Experts, where
-a layer has them, stand beside the plain MLP and read the stream by norms of their own; `hook_mlp_out` is what both
-write.
-
 Keys are normed and rotated, values normed without a weight. Where both are one projection, `hook_k` stands at it, and
-there is no `hook_v`. The last layers may have neither: they read those of an earlier layer of their kind (with or
-without a window), as it read them, cache included.
+there is no `hook_v`. Experts stand beside the plain MLP and read the stream by norms of their own; `hook_mlp_out` is
+what both write.
 """
 
 from collections.abc import Mapping
@@ -111,10 +105,7 @@ class Gemma4BlockBridge(FullBlockBridge):
 
 
 class WholePrompt(WithMedia):
-    """Mixed into HuggingFace's inner model: every layer runs at every position, and prompts are told their media.
-
-    HuggingFace drops all positions but the asked one before layers that share keys; a hook there would see one row.
-    """
+    """Mixed into HuggingFace's inner model, which before layers that share keys drops all but the asked position."""
 
     def forward(self, **kwargs: Any) -> Any:
         """Run the model."""

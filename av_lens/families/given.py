@@ -1,14 +1,7 @@
 """`Given`: what a model's own code made of a clip and a question, as a text decoder takes it.
 
-Any audio-visual model whose language model is a known decoder comes in by this door: its encoders and its template run
-in code that is not ours (and, saved to a file, in an environment that is not ours), and what they end in is a row of
-embeddings. Everything is checked when it is made, so that a wrong one is told before anything runs on it.
-
-A file is safetensors: the columns as tensors; roles, tokens and words in its metadata, as json. Nothing is pickled.
-
-    >>> import torch
-    >>> Given(torch.zeros(2, 8), ["question", "generation"]).layout
-    'text'
+Everything is checked when it is made. A file is safetensors: the columns as tensors; roles, tokens and words in its
+metadata, as json. Nothing is pickled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """Torch's attention kernels for CUDA that hand back the log-sum-exp of the scores.
 
-Flash attention takes half precision and no mask of its own; the memory-efficient kernel takes every precision and a
-mask. Torch says which takes what; where none does, scores are written out.
-
 Source: Dao, "FlashAttention-2" (2023); Rabe and Staats, "Self-attention does not need O(n^2) memory" (2021).
 """
 

@@ -1,25 +1,14 @@
 """What one family makes of media: features, computed once per content, and `MediaLayout`, which places them.
 
 Sampling: at `fps`, the targets are 0, 1/fps, 2/fps, ... before the picture's end, and for each the frame whose true
-time is nearest is taken (of two equally near, the earlier). A target in the last half frame before the picture's end
-is left out. A still picture read as a video is shown for its whole duration.
-The processor gets the sampled frames, with its own sampling switched off, and repeats the last one where their number
-is not a multiple of the temporal patch (2). Many or large frames go to it some at a time, at the size that it chooses
-for all of them together: the same pixels to the bit, without copies of the whole video.
+time is nearest is taken (of two equally near, the earlier). A target in the last half frame before the picture's end is
+left out. A still picture read as a video is shown for its whole duration. The processor's own sampling is off; the last
+frame is repeated to a multiple of the temporal patch (2).
 
-The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to the
-processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame. A
-family whose tower takes nothing but the padded mel says so (`whole_mel`); a processor that pads and cuts nothing
-(Qwen3-Omni's) gets the sound as it is, however long.
-
-`cap_pixels_per_frame` is set (True): the reference implementation's share of the total pixel budget, which begins to
-act on long videos only.
-
-Not done: the towers' outputs; they are kept by the model's traces.
-
-`inputs` asks these questions and knows no answer itself: which token stands for a sound, how many of them, which second
-and patch each is, which position ids the model should give them, what the tensors are called and how those of several
-examples lie in one batch.
+The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to 300 s: the
+same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame. A family whose tower takes
+nothing but the padded mel says so (`whole_mel`). `cap_pixels_per_frame` is set: the reference implementation's share of
+the total pixel budget, which acts on long videos only.
 """
 
 import math
@@ -325,13 +314,7 @@ class Media:
 
 
 class MediaLayout(ABC):
-    """One family's media in a prompt, for one checkpoint.
-
-    Args:
-        processor: the checkpoint's processor.
-        config: the model's HuggingFace configuration, or a larger one that holds it.
-        cache_bytes: memory for features that are computed once and shared.
-    """
+    """One family's media in a prompt, for one checkpoint; `config` may be a larger one that holds the model's."""
 
     parts: ClassVar[tuple[str, ...]] = ()  # what the processor must have
     kinds: tuple[str, ...] = ("audio", "video", "image")  # what the model takes beside text

@@ -1,10 +1,7 @@
 """Decoders whose positions are counted: one stream, whatever stands there.
 
-`Counted` is mixed into HuggingFace's inner model (`inner` of an adapter). It counts positions from the mask, so that
-padding moves nothing, and looks at the door of every prompt: no placeholder without its media, and as many tokens of
-each kind as its tower gives rows, example by example. HuggingFace itself would drop rows, spread one row over many
-tokens, or make a longer prompt of the one that was given, some in silence. A family says what rows there will be
-(`rows`).
+`Counted` counts positions from the mask, so that padding moves nothing, and refuses placeholders without their media or
+in another number than the tower's `rows`: HuggingFace would drop or spread rows, some in silence.
 """
 
 from collections.abc import Mapping

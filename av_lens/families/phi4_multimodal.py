@@ -1,15 +1,10 @@
 """Phi-4-multimodal: a Phi-3 decoder that reads an image and a sound in its stream.
 
-Queries, keys and values are stored as one, gate and up too; three quarters of a head are turned, by tables that are
-others for all positions once a sequence is long (LongRoPE). Positions are counted, one stream, whatever stands there.
-
 A token of sound is 8 mel frames, 80 ms: three convolutions of stride 2. An image is cut into crops, and comes twice:
 first its own tokens, row by row, without the white that fills the last crops; then one token that parts the two; then
 the whole with that white, 16 x 16, as one crop. Every row ends with a token of its own. Rows and columns here are those
 of the first; a token of the whole stands at the first of the patches that it covers; those between stand at none. There
 is no video: of a clip the frame nearest to its middle is shown.
-
-The checkpoint's adapters for sound and pictures (LoRA, in folders beside it) are no part of it: merge them before.
 """
 
 import math

@@ -1,8 +1,4 @@
-"""Qwen2.5-Omni, thinker only: a Qwen2 decoder that reads video, image and audio embeddings in its stream.
-
-The towers feed tokens that are scattered over placeholders; positions are three streams (time, row, column), which
-the model derives itself. Talker and vocoder speak the answer and take no part in what is fused; they are never loaded.
-"""
+"""Qwen2.5-Omni, thinker only: a Qwen2 decoder that reads video, image and audio embeddings in its stream."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,8 +1,7 @@
 """Qwen2.5-VL: a Qwen2 decoder that reads video and image embeddings in its stream; what the omni models began as.
 
-Positions are three streams, as in Qwen2.5-Omni, but for three things: a temporal patch is `tokens_per_second` ids a
-second apart, text after a picture resumes at the picture's first id plus the larger of its rows and columns (a long
-video's ids overlap with those of the text that follows it), and there is no sound.
+A temporal patch is `tokens_per_second` ids a second apart; text after a picture resumes at its first id plus the larger
+of its rows and columns, so that a long video's ids overlap with the text's.
 """
 
 from collections.abc import Mapping

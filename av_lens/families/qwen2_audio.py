@@ -1,8 +1,6 @@
 """Qwen2-Audio: a Qwen2 decoder that reads sounds in its stream, and nothing else beside text.
 
-The tower takes the mel of 30 seconds, padded with silence, and attends to the sound's own frames alone; of its rows the
-sound's are kept, one for 4 mel frames (a convolution of stride 2, then pairs are pooled: 40 ms), and projected. A sound
-is the same whatever the padding: 30 s at most. Positions are counted, one stream, so a second has 25 ids.
+The tower takes 30 seconds of mel and attends to the sound's own frames alone; a row stands for 4 mel frames (40 ms).
 """
 
 from collections.abc import Mapping

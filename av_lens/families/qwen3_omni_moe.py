@@ -1,9 +1,7 @@
 """Qwen3-Omni, thinker only: a Qwen3 decoder with experts, which also reads pictures between its first layers.
 
-Against Qwen2.5-Omni: queries and keys are normed; each position goes through a few of many MLPs, chosen by a router;
-features of several depths of the vision tower are added to the stream after the first layers (deepstack). A second has
-13 position ids and 13 tokens of sound; ids of a video's patches are not whole numbers; a sound woven into a video goes
-by time alone, without chunks, and its borders have ids of their own.
+A second has 13 position ids and 13 tokens of sound; ids of a video's patches are not whole numbers; a sound woven into
+a video goes by time alone, without chunks, and its borders have ids of their own.
 """
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Qwen3-VL: a Qwen3 decoder that reads pictures in its stream, and again after its first layers; time is text.
 
-A video's temporal patches stand apart, each between its borders and after a text that says when it is ("<0.5
-seconds>"): position ids hold rows and columns, and no time. So on the model's clock a patch lasts as long as its
-frames do at the asked rate.
+Each temporal patch stands after a text that says when it is; on the model's clock it lasts as long as its frames do.
 """
 
 from types import SimpleNamespace

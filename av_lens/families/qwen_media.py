@@ -1,15 +1,10 @@
 """Question: which second and which patch does each position stand for, in the prompts of Qwen's omni models?
 
-Two things are derived from the token ids alone, without asking the model: the columns of the map (times and patches),
-and the three streams of position ids that the model should then compute. The second is compared with what the model
-does compute, on every input: a map that the model does not share is refused.
-
-For video token j of a block that starts at id s, on a grid of t x h x w tokens: patch t = j // (h w), row =
-(j % (h w)) // w, col = j % w; its ids are s + int(t x seconds_per_grid x ids_per_second) in float32 as the model does
-it, s + row, s + col. Audio token k has s + k in all three streams. So on the model's clock, patch t lasts from its own
-id to the next later one, and audio token k lasts one id (40 ms). An image is a patch of one second, as the model's own
-formula has it. Text resumes after the largest id of the block's last run. Interleaved blocks share one clock;
-separate ones do not.
+For video token j of a block that starts at id s, on a grid of t x h x w tokens: patch t = j // (h w), row = (j % (h w))
+// w, col = j % w; its ids are s + int(t x seconds_per_grid x ids_per_second) in float32 as the model does it, s + row,
+s + col. Audio token k has s + k in all three streams. So on the model's clock, patch t lasts from its own id to the
+next later one, and audio token k lasts one id (40 ms). An image is a patch of one second. Text resumes after the
+largest id of the block's last run. Interleaved blocks share one clock; separate ones do not.
 """
 
 import re

@@ -1,8 +1,6 @@
 """Which model families av_lens can open: those of this folder, those of other packages, those that are registered.
 
-A file of this folder that holds a `FAMILY` is one (or several, `FAMILIES`, that share all but a line); so is what
-another package names in its entry points, group `av_lens.families` (each by the name of its class), and what is given
-to `register_family`. A model's family is that of its class, or of the nearest class that it is derived from.
+A model's family is that of its class, or of the nearest class that it is derived from.
 """
 
 import copy
@@ -137,11 +135,7 @@ def family_of(*names: str | type[Any]) -> Family:
 
 
 def build_bridge(hf_model: Any, *, tokenizer: Any = None, name: str = "external") -> TransformerBridge:
-    """Wrap a HuggingFace model, in place, in a TransformerBridge with every hook real.
-
-    The model keeps its weights and its answers; its layers are replaced by bridge components, its attention becomes
-    eager, and its configuration becomes its own copy. Do not save it afterwards: its parameter names have changed.
-    """
+    """Wrap a HuggingFace model, in place, in a TransformerBridge with every hook real and attention eager."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module, detect_tokenizer_bos_eos
 
     family = family_of(type(hf_model))

@@ -1,7 +1,6 @@
 """Text decoders, as models with code of their own carry them: Qwen2, Qwen3, Llama, Mistral.
 
-They take text alone, and what `av_lens.bring` feeds them. Positions are one stream. Mistral's layers all read one
-window: its mask is recorded with a run, so a restart is exact, and only decoding past the window runs hooked.
+Mistral's layers all read one window: its mask is recorded, so only decoding past the window runs hooked.
 """
 
 from collections.abc import Mapping, Sequence

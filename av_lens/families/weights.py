@@ -1,11 +1,7 @@
 """Where a module computes and what its weights are: beside it, fetched for each call, or packed into fewer bits.
 
-A model may lie on several devices (`device_map=`): each module then computes on one of them, and accelerate brings to
-it what it is given. Weights that do not fit wait in memory or on disk; on the module lies a mere shape (`meta`), and
-accelerate fetches the numbers for each *call* of it. Whoever reads weights without a call asks here.
-
-Quantised weights (bitsandbytes: 8 or 4 bits) are packed integers. Their modules compute as ever, so that hooks, caches,
-patching and replays need nothing more; what reads the numbers themselves is refused.
+Weights that do not fit wait in memory or on disk; on the module lies a mere shape (`meta`), and accelerate fetches the
+numbers for each *call*. Whoever reads weights without a call asks here; quantised ones are refused.
 """
 
 from collections.abc import Mapping

@@ -1,23 +1,9 @@
 """Question: which tokens are an answer, and was the model taught to understand this?
 
-The embedded models know a few kinds of questions in a few phrasings each. A question is compared after lower-casing,
-squeezing spaces and unifying spellings, without its final mark; what is no phrasing is refused with the nearest one,
-for an answer to it would mean nothing. Models without a grammar take any question.
+A question is compared after lower-casing, squeezing spaces and unifying spellings, without its final mark. An answer is
+a word, a token id, or a list of either (synonyms); `resolve` is told in which of four forms words are read, since only
+the model knows (`metrics.forms`). Not done: answers that differ only in case are not pooled by themselves.
 
-An answer is a word, a token id, or a list of either (synonyms, pooled by logsumexp). A word (any text) can be said in
-four forms: with a leading space or without, capital or not. A tokenizer has other tokens for each, and a model says one
-of them at a given position: which one, only the model knows (`metrics.forms` asks it), so `resolve` is told the form.
-Spaces around a word as it was given do not count. Token ids, and an `Answer`, are taken literally.
-
-Not done: answers that differ only in case are not pooled by themselves; give them as synonyms.
-
-Example:
-    >>> grammar = Grammar.from_json({"questions": {"hear": ["what do you hear?"]}})
-    >>> grammar.match("What do you  HEAR ?"), grammar.kind("what do you hear")
-    ('what do you hear?', 'hear')
-    >>> answer = Answer(text="dog", options=((7,),))
-    >>> answer.single, answer.n_tokens
-    (True, 1)
     >>> [in_form("dog", form) for form in FORMS]
     [' dog', 'dog', ' Dog', 'Dog']
 """
@@ -156,10 +142,7 @@ def forms_of(tokenizer: Any, word: str) -> dict[str, tuple[int, ...]]:
 
 
 def resolve(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:
-    """Find the tokens of an answer whose words are read in a form; one that is resolved already stays as it is.
-
-    Without a tokenizer (None) an answer is token ids, taken as they are given.
-    """
+    """Find an answer's tokens, its words read in a form; without a tokenizer (None) it is token ids already."""
     if isinstance(answer, Answer):
         return answer
     synonyms = synonyms_of(answer)

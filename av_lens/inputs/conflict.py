@@ -1,13 +1,8 @@
 """`Conflict`: a sound and a picture that disagree, and the grid of cells that tells their effects apart.
 
-A cell is named picture first, sound second: `va` is the conflict, `aa` and `vv` agree, `av` is the mirrored conflict;
-`w` is a third clip; `muted` a sound that says nothing, `blank` a picture that shows nothing. The sound's source gives
-picture a and sound a, the picture's source picture v and sound v. All cells of a conflict share one token layout: every
-source is cut to the shortest picture or sound among them, and pictures of another size are cropped around their middle
-and scaled to the size of picture v; both are said in each cell's provenance. `audio_only` has no picture, `video_only`
-no sound, and so another layout.
-
-Not done: drawing the third clip; whoever deals the halves does it and gives it as `third=`.
+Cells and their names: protocol section 1. All cells of a conflict share one token layout: every source is cut to the
+shortest picture or sound among them, and pictures of another size are cropped around their middle and scaled to the
+size of picture v; both are said in each cell's provenance. The third clip is drawn by whoever deals the halves.
 """
 
 from __future__ import annotations
@@ -229,10 +224,7 @@ class Conflict:
 
 @dataclass(eq=False, repr=False)
 class Cells(Mapping[str, AVInputs]):
-    """The cells of one conflict under one question, encoded when first asked for and then kept (`Conflict.cells`).
-
-    `options` are further arguments of `model.encode`; `how` says the kinds of blank and mute and the loudness.
-    """
+    """The cells of one conflict under one question, encoded when first asked for and then kept (`Conflict.cells`)."""
 
     conflict: Conflict
     model: Any

@@ -1,21 +1,8 @@
 """Clips that are labelled -> conflicts: which sound goes with which picture.
 
-    made = design_conflicts("clips/", design="disjoint")      # a folder of folders, one a kind of sound
-    made.save("pairs.jsonl")
-    print(made)                                                # what was left out and why, and what the design can show
-
-Every clip gives its sound to one conflict and its picture to one conflict, but for `disjoint`:
-
-| design | conflicts of n clips | what is independent |
-|---|---|---|
-| `disjoint` | n / 2: a clip is in one conflict alone | every conflict |
-| `permutation` | n: one random exchange of all sounds | what shares no clip |
-| `assignment` | n: the exchange whose captions are least alike | what shares no clip |
-
-In `disjoint` kinds are joined by taking from the two largest that remain, which leaves as few clips over as can be.
-The others are assignments (scipy's) that cost, for a sound and a picture, a random number or the cosine of their
-captions' tf-idf; two clips of one kind, or of one source, are never joined. A caption is a label where it names one
-event of the lexicon.
+In `disjoint` kinds are joined by taking from the two largest that remain, which leaves as few clips over as can be. The
+others are assignments (scipy's) that cost, for a sound and a picture, a random number or the cosine of their captions'
+tf-idf; two clips of one kind, or of one source, are never joined. A caption is a label where it names one event.
 
 Source: the exchange of least alike captions is the design of "Do Audio-Visual Large Language Models Really See and
 Hear?" (2026); scipy.optimize.linear_sum_assignment.

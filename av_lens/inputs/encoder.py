@@ -1,24 +1,17 @@
 """`Encoder`: a clip and a question become the tensors that a model takes, with every position explained.
 
-It works by the checkpoint's own processor and chat template, and by what the model's family says of media in its
-prompts (`families.media_layout`): frames are sampled here (by their true times) and handed over with the right rate,
-the sound is woven into the video by the processor's own code, and the result is compared with the model's own position
-ids before anything runs on it. `encode` returns what one call of the processor would, except that the mel is trimmed to
-the sound.
-
-The template is rendered with a marker in the place of the user's text (and of the system message), so that what stands
-before, in between and after is known exactly and nothing is searched for. Roles of the pieces:
+It works by the checkpoint's own processor and chat template, and by what the family says of media
+(`families.media_layout`); `encode` returns what one call of the processor would, except that the mel is trimmed. The
+template is rendered with a marker in the place of the user's text (and of the system message), so that nothing is
+searched for. Roles of the pieces:
 
 * `system`: the system message's text, given or the template's default;
 * `boundary`: media begin and end tokens and the framing of the turns, up to the question;
 * `question`: the user's text;
-* `header`: everything after the question: the end of the user's turn, the assistant's header, then the prefix. So
-  question | header | generation is all of the prompt that follows the media, and nothing leaks past an edit of it.
+* `header`: everything after the question: the end of the user's turn, the assistant's header, then the prefix.
 
-Prefix and answer are tokenized apart, so that they never change the tokens before them.
-
-Layouts: sound woven into the video ("in_video"), video then audio ("separate"), either alone, an image with or without
-sound, text. Not done: several turns, tools, several clips in one prompt.
+Prefix and answer are tokenized apart, so that they never change the tokens before them. Not done: several turns, tools,
+several clips in one prompt.
 """
 
 import os
@@ -177,8 +170,7 @@ def choose(
 ) -> tuple[str | None, str | None]:
     """Decide which streams go in (sound, picture) and how, and refuse what the clip does not have.
 
-    "auto" takes the sound if there is one, into the video if there is one and the model weaves them; and the picture: a
-    single frame as an image, and of a video the one nearest to its middle where the model takes no video.
+    "auto" takes both; a still, or the middle frame for a model that takes no video, goes in as an image.
     """
     if sound not in SOUND:
         raise InputError(unknown("option sound=", sound, SOUND))

@@ -1,14 +1,8 @@
 """`AVInputs`: tensors that know what each of their positions is, held once where equal, and show themselves.
 
-`x.tensors` are the keyword arguments of the HuggingFace forward, nothing missing: `hf_model(**x.tensors)` runs. One
-object holds one example or a stack of examples of *one* layout that share its map; different layouts are never
-padded together. How the tensors of a stack lie in a batch the model's family says (`x.axes`).
-
-The pixels of a second of video are some MB, and thirteen cells of four pictures would hold them thirteen times: a
-tensor is known by a hash of its content for as long as somebody holds it (weak references: nothing is kept alive).
-
-In a notebook an input is a strip, one inline SVG without scripts or outside files, whose text and lines take the page's
-own colour. Not done: moving features between dtypes; the model casts what it is given.
+One object holds one example or a stack of examples of *one* layout; different layouts are never padded together. The
+pixels of a second are some MB, and a conflict's cells would hold them many times: equal tensors are known by a hash of
+their content for as long as somebody holds them (weak references).
 """
 
 from __future__ import annotations

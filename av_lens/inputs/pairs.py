@@ -1,20 +1,10 @@
 """`Pair`: clean and corrupt inputs, proved aligned position by position; and an input as it is without its sound.
 
-A pair exists only if both inputs have the same roles, the same model times and the same patches at every position,
-and the same kinds of tensors. Then "the activation at position p" means the same in both. Text tokens may
-differ (that is what a pair of questions is for); `pair.differing` says where.
-
-*Taken out* means that the prompt is made anew of the clip's picture alone, with the same question, system message,
-prefix and frame rate: the sound's positions and its begin and end tokens are gone. Where sound was woven into the
-video, the video's chunks close up into one run; they keep their model time, since chunks share one clock. The text
-after the media then follows the picture's last id, so in either layout its position ids (not its tokens) are smaller
-than beside the sound. That is the prompt that a model without hearing was trained on.
-
-*Shared positions* are those that both prompts have: each token of the one, but for sound and its two border tokens, has
-its counterpart in the other, in order and with equal ids; else the two prompts are refused.
-
-    >>> silent = without_sound(base, x)                                                     # doctest: +SKIP
-    >>> here, there = shared_positions(x, silent, model.config)                             # doctest: +SKIP
+A pair exists only if both inputs have the same roles, model times and patches at every position, and the same kinds of
+tensors; text tokens may differ (`pair.differing`). *Taken out* means that the prompt is made anew of the clip's picture
+alone, all else as asked: woven chunks close up into one run and keep their model time, and the text after the media has
+smaller position ids. *Shared positions* are each token of one prompt, but for sound and its two border tokens, that has
+its counterpart in the other, in order and with equal ids; else the two are refused.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
-"""What was recorded once? The sources of conflicts' clips, which the two halves must not share.
+"""What was recorded once? The sources of conflicts' clips, which the two halves must not share (protocol section 7).
 
-One source are
-
-* windows of one file that overlap or lie less than 10 s apart (so also all that lies between them);
-* files whose decoded sound or decoded picture is equal: copies, and the same recording in another container
-  (`media.fingerprints`; streams that say nothing are no evidence). Their windows count as those of one file;
-* what the manifest calls by one name: its key `source` (`Conflict(source=...)`), the sound's and the picture's, such as
-  the id of a video. A name overrules the rest, for the clip wherever it stands.
-
-A clip without a file is known by its sound and by its picture. A source is called by its name, or by the smallest key
-(hash of the file, window) of its clips.
+Equal streams: `media.fingerprints`. A name in the manifest overrules the rest, for the clip wherever it stands. A clip
+without a file is known by its sound and by its picture. A source is called by its name, or by the smallest key (hash of
+the file, window) of its clips.
 """
 
 from __future__ import annotations

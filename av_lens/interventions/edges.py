@@ -13,14 +13,8 @@ A list is *one* end made of several, patched together. Several in turn are a dic
 "L5H1.q, L5H1.k" are two, "L5H1.q + L6H0.v" is one made of two. The words "heads", "mlps", "spans" (senders) and
 "heads.q", "heads.k", "heads.v", "kv.k", "kv.v", "mlps" (receivers) name all of a kind, each in turn.
 
-`cut("generated", "video", layers=range(4, 8))` forbids it before the softmax (scores to minus infinity), so that the
-remaining weights are renormalised; `renormalize=False` sets the pattern to zero after the softmax, so that the weight
-is lost. A row of which every allowed key is cut reads nothing: its output is zero (a finite minimum in place of minus
-infinity would give a uniform pattern over future keys, silently).
-
-The token that answers is read from the last *prompt* position. The query role `"generated"` therefore includes the
-generation position; `include_generation=False` leaves it out, as studies that start at the first generated token do.
-Cuts act in the prompt and at every decoding step.
+A row of which every allowed key is cut reads nothing: its output is zero (a finite minimum in place of minus infinity
+would give a uniform pattern over future keys, silently). Cuts act in the prompt and at every decoding step.
 """
 
 from __future__ import annotations
@@ -209,16 +203,7 @@ def _written(word: str, what: str, forms: str, every: Mapping[str, Sequence[Node
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Attention edges to be cut. Build it with `cut`.
-
-    Attributes:
-        query: positions that read: role names joined by `|`, a `Span`, or integers.
-        key: positions that are read.
-        layers: the layers, or None for all.
-        heads: query heads, or None for all.
-        renormalize: whether the remaining weights are scaled up (scores), or not (pattern).
-        include_generation: whether the role "generated" includes the generation position.
-    """
+    """Attention edges to be cut. Build it with `cut`, whose arguments its fields are."""
 
     query: Any
     key: Any

@@ -1,16 +1,8 @@
 """Where to intervene (component, layer, heads, positions), and what to do there: replace, zero, mean, resample, ...
 
-A site names a place by what it is (`Site("z", 5, head=3, positions=x.spans.suffix)`), never by a hook's string.
-Positions are positions of the *prompt*, as a `Span`, integers, or role names joined by `|` (`"question|generation"`,
-also `"suffix"` and `"media"`); None means every position, and during decoding every new one too. Only the role
-`"generated"` names positions that decoding adds.
-
-Heads are query heads everywhere but at `k`, `v` and `rot_k`, which a model with grouped queries keeps once for each
-key-value head; the error that refuses a head says so.
-
-Each constructor returns an `Edit`: a site and a rule that maps the activation there to a new one. Values have the
-site's shape, `[batch, pos, head, d]` over exactly the named positions and heads (`[batch, pos, d]` for one head or a
-component without heads); batch and positions may be 1, or the batch axis left out, and then broadcast.
+Positions are those of the *prompt*; None means every position, and during decoding every new one too. Only the role
+`"generated"` names positions that decoding adds. Heads are query heads everywhere but at `k`, `v` and `rot_k`. Values
+have the site's shape over exactly the named positions and heads; batch and positions may be 1, or batch left out.
 
 An edit whose values belong to positions of the prompt fires on the prompt only; one with a value for every position
 alike (zero, scale, noise, or a value with one position) on `positions=None` fires at every decoding step too.

@@ -1,11 +1,8 @@
 """A plan: edits and cuts that run together, compiled to hooks that keep a firing record.
 
-A hook that never fires looks like a null result. Every compiled plan therefore counts its firings, and `verify`
-raises when an edit fired another number of times than it should have: once in the prompt's forward for each layer it
-touches, and once more at each decoding step if its positions grow. The same compiled edits serve hooked runs
-(`fwd_hooks`) and restarts (`steps`), which is why both agree.
-
-Edits at one hook are applied in the order in which the plan lists them.
+A hook that never fires looks like a null result: `verify` raises when an edit fired another number of times than once
+in the prompt's forward for each layer, and once more at each decoding step if its positions grow. The same compiled
+edits serve hooked runs (`fwd_hooks`) and restarts (`steps`).
 """
 
 from __future__ import annotations

@@ -1,17 +1,11 @@
 """Plans as files: which edits, at which sites, for a model of which sizes.
 
-A plan file is json (what a person reads and edits); tensors, where a plan holds any, lie beside it as safetensors of
-the same name, bound to it by their hash. Nothing is pickled and no code is run. The file names its schema's version and
-the sizes of the model that the plan was made for; an unknown kind, key or version, missing or other tensors, and a
-model of other sizes are refused.
-
     {"schema": "av_lens.Plan", "version": 1,
      "model": {"name": "av-tiny", "n_layers": 7, "n_heads": 8, "n_kv_heads": 4, "d_model": 128, "d_head": 16},
      "edits": [{"kind": "scale", "component": "z", "layer": 4, "head": [2, 3], "positions": "suffix", "amount": 0.0}]}
 
-Positions are role names or all: numbers mean something in one layout only, and a file is applied to any clip.
-
-    >>> plan.save("plan.json", model=model); Plan.load("plan.json", model=model)            # doctest: +SKIP
+Tensors lie beside it as safetensors, bound by their hash; nothing is pickled. An unknown kind, key or version, other
+tensors, and a model of other sizes are refused. Positions are role names or all: a file is applied to any clip.
 """
 
 import hashlib

@@ -1,17 +1,9 @@
 """What is known about a planted model, conflicts staged for it, and does the instrument find what was put there?
 
-Every conflict has two source clips of its own, drawn from a part of the world that trained no model; no clip is used
-twice, so each conflict is a component of the clip-sharing graph and bootstraps alone. Sounds' and pictures' classes are
-dealt evenly (up to one), and a pair's two classes differ.
-
-A planted model's folder holds `planted.json` (`planting.planted` measured it by brute force). A *true* head adds at
-least 5% of the gap to some set of reversions of the other planted heads; a *free rider* does not, and counts neither
-way; a *decoy* was trained for another behaviour and counts as innocent, as every other head does. A model without true
-heads is a *null*: whoever is named in it is named falsely.
-
-The score of a head is the lower 95% bound of its release, by the donor with the largest mean on discovery; positive
-release gives hearing back. AUROC is the chance that a planted head scores above another; precision at k is the share of
-planted heads among the first k, k being how many were planted. Passed: every planted head ranks before every other.
+Every conflict has two source clips of its own, from a part of the world that trained no model. True heads, free riders
+and decoys: protocol section 9. A model without true heads is a *null*: whoever is named in it is named falsely. A
+head's score here is the lower 95% bound of its own release, by the donor with the largest mean on discovery. Passed:
+every planted head ranks before every other.
 """
 
 from __future__ import annotations
@@ -74,10 +66,7 @@ def conflict_file(name: str) -> str:
 
 
 def pairs(n: int, *, seed: int) -> list[tuple[str, str]]:
-    """Deal pairs of different classes evenly: the sound's, the picture's.
-
-    Any run of twelve has each class once on either side, and the first 132 are all ordered pairs, each once.
-    """
+    """Deal pairs (sound's, picture's class): twelve in a row have each once a side, the first 132 are all there are."""
     rng = np.random.default_rng([seed, 0xC0])
     names = [str(name) for name in rng.permutation(footage.classes())]
     size = len(names)
@@ -149,11 +138,7 @@ def model_folder(name: str) -> Path:
 
 
 def read_plant(name: str) -> PlantTruth:
-    """Read what is known about a model, given its folder or short name.
-
-    A model without a truth file is "balanced" if its record of training says so (nothing is to be found in it), else a
-    "subject", of which nothing is known.
-    """
+    """Read what is known of a model: its truth file; without one "balanced" if its record says so, or "subject"."""
     path = model_folder(name) / TRUTH
     if not path.is_file():
         trained = path.with_name("training.json")
@@ -164,11 +149,7 @@ def read_plant(name: str) -> PlantTruth:
 
 
 def truth_of(content: Mapping[str, Any]) -> PlantTruth:
-    """Bring a truth file's content to heads and kinds.
-
-    `heads` lists what was measured of every planted head (or pairs `[layer, head]`, of the file's one kind); `decoys`
-    lists heads that were trained for another behaviour; `asked_for` says what was to be planted.
-    """
+    """Bring a truth file's content to heads and kinds; `heads` may be pairs `[layer, head]` of the file's one kind."""
     decoys = tuple(sorted(_place(entry) for entry in content.get("decoys", ())))
     measured = {_place(entry): entry if isinstance(entry, Mapping) else {} for entry in content.get("heads", ())}
     kinds: dict[Head, str] = {}

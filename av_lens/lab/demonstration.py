@@ -1,12 +1,6 @@
 """The main job from end to end: one isolation in one folder, and `av-lens demo` on the embedded models.
 
-1. Write conflict clips of the synthetic world as mp4 files, from a part of it that trained nothing, with a manifest.
-2. Calibrate: isolate `av-tiny-planted`, whose guilty heads are known, on those files.
-3. Isolate `av-tiny` on the same files.
-4. Write the page, the figures and the numbers.
-
-Each part is kept once finished, so that an interrupted run goes on where it stopped. A demonstration on models whose
-circuits were made by their training; it shows that the instrument works, and nothing about real models.
+Each part is kept once finished, so that an interrupted run goes on where it stopped.
 """
 
 import json
@@ -59,10 +53,7 @@ def organism_caveats(name: str) -> tuple[str, ...]:
 
 
 def playable(found: Isolation, conflicts: Sequence[Conflict], *, most: int = 12) -> dict[str, Clip]:
-    """Put some conflicts, competent ones first, together as they are played: one clip's picture, the other's sound.
-
-    `found` has a row for each of the conflicts, in their order.
-    """
+    """Put some conflicts, competent ones first, together as they are played; `found` has a row for each in order."""
     names, competent = list(found.conflicts["id"]), list(found.conflicts["competent"])
     order = sorted(range(len(names)), key=lambda place: not competent[place])[:most]
     pairs = {str(names[place]): (conflicts[place].picture, conflicts[place].sound) for place in order}
@@ -79,14 +70,7 @@ PLANTED = "av-tiny-planted"
 
 @dataclass(frozen=True, eq=False)
 class Demonstration:
-    """What the demo found.
-
-    Attributes:
-        found: the isolation of the subject.
-        calibration: how the same search did where the truth is known.
-        report: the page's path.
-        seconds: how long each part took, in this run.
-    """
+    """What the demo found; `seconds` is how long each part took, in this run."""
 
     found: Isolation
     calibration: Calibration

@@ -1,18 +1,10 @@
 """Does this model keep what av_lens promises? Every guarantee, on one model and one clip; a report to send back.
 
-1. The HuggingFace model is opened and left as it is. The clip is encoded in every layout that the family takes (which
-   compares position ids, where the family derives them), and HuggingFace's own logits and greedy tokens are kept.
-2. The same model is wrapped. Each layout again: rows out of the towers against tokens in the prompt, logits to the bit,
-   tokens.
-3. The proofs of `lab.proofs`: hooks, decomposition, replay, null edits, a path.
-4. What a trace and a small sweep were estimated to cost, and what they cost.
-5. The same input on the CPU, where the model was elsewhere.
-
-A proof that breaks off is a guarantee that failed; its message is in the report. The report holds sizes, versions and
-numbers: no path, and nothing of the clip but its size and length. Not done: batches; media longer than the clip.
+HuggingFace's model is opened, asked and left as it is; the same model is then wrapped and held against its answers. A
+proof that breaks off is a guarantee that failed. The report holds sizes, versions and numbers: no path, and nothing of
+the clip but its size and length. Not done: batches; media longer than the clip.
 
     >>> report = check("Qwen/Qwen2.5-Omni-7B", device="cuda")                                    # doctest: +SKIP
-    >>> print(report.ok, report.save("av-check.json"))                                           # doctest: +SKIP
 """
 
 import os

@@ -1,8 +1,7 @@
 """Long work in parts, each done once under its settings; and pages of the documentation that a command fills.
 
-Each part writes into a folder of its own under another name, which is renamed when the part is done; a ledger beside
-them (`parts.json`) says under which settings each was finished. The settings include the package's own source, so that
-a changed program never passes off an earlier one's numbers.
+A part is written under another name and renamed when done; `parts.json` says under which settings. These include the
+package's own source, so that a changed program never passes off an earlier one's numbers.
 """
 
 import hashlib

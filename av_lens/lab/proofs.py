@@ -1,15 +1,7 @@
 """What is proved of a wrapped model, each by something that it must agree with: a check gives its verdict in words.
 
-| proof | against | limit |
-|---|---|---|
-| hooks | the run itself: write back, turn | to the bit |
-| decomposition | the stream that leaves the last layer | `LIMITS` |
-| replays | hooked runs of the whole model, under random plans | `LIMITS` |
-| null edits | the run without them | to the bit; restarted, a tenth of `LIMITS` |
-| a path | path patching by its definition: hold, edit, run the whole model | `LIMITS` |
-| the CPU | the same input on the other device | `LIMITS` |
-
-Limits are shares of the largest number compared: kernels sum in other orders, and logits of real models reach 40.
+Limits are shares of the largest number compared: kernels sum in other orders, and logits of real models reach 40. Null
+edits are held to the bit, restarted ones to a tenth of `LIMITS`.
 """
 
 from dataclasses import dataclass

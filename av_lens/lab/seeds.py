@@ -1,18 +1,7 @@
 """Is the same found again: in models trained from other seeds, and on other clips?
 
-Every model is isolated twice, up to named and confirmed heads and sets, on two sets of conflicts that share no clip.
-Beside the set's effect on the first's held-out conflicts stand its controls; beside the heads that are named on one
-discovery half those of the other, their overlap (Jaccard) and the rank correlation over all heads of the release (the
-largest of the three primary donors' means, as on each discovery half).
-
-Both isolations keep what they measure in their folders, so that a run that was stopped goes on where it was.
-
-Example:
-    ```python
-    from av_lens.lab import run_seeds
-
-    record = run_seeds(["av-tiny"], out="seeds")
-    ```
+Every model is isolated twice, up to named and confirmed heads and sets, on two sets of conflicts that share no clip;
+compared are the named heads (Jaccard) and all heads' largest primary release (rank correlation) on both discoveries.
 """
 
 import json
@@ -74,10 +63,7 @@ def run_seeds(
 
 
 def entry_of(found: Isolation, again: Isolation) -> dict[str, Any]:
-    """Put the figures of one model's two findings together, as plain data.
-
-    Behaviour, the chosen set beside its controls, what was named on both discovery halves.
-    """
+    """Put the figures of one model's two findings together, as plain data."""
     tables: Any = found
     chosen = tables.sets[tables.sets["chosen"]].to_dict("records")
     first, second = _named(found), _named(again)

@@ -1,11 +1,9 @@
 """What would an isolation cost at full depth on a GPU? Worked out from a run at true shapes, not measured.
 
-Every stage's operations grow with the number of conflicts and with the weights of a layer, and further with what the
-stage does (`GROWTH`). An edited run is only run from its first edited layer on, so that edits cost as many layers as
-come after them on average. Operations are divided by the card's dense bfloat16 peak times the share of this machine's
-own peak (one large product, measured in the same process) that the stage reached here. Memory is that of the weights,
-and of the recorded run of one conflict. What the processor does on the CPU is not in it, and the towers are taken to
-grow as the layers do.
+A stage's operations grow with conflicts, with a layer's weights and with what it does (`GROWTH`); an edited run costs
+as many layers as come after its first edit on average. Operations are divided by the card's dense bfloat16 peak times
+the share of this machine's own peak (one large product) that the stage reached here. Memory is that of the weights and
+of one conflict's recorded run. The processor's work on the CPU is left out; towers are taken to grow as layers do.
 
 Sources of the peaks: the vendors' data sheets (dense, without sparsity).
 """
@@ -66,10 +64,7 @@ CARDS = (Card("24 GB (RTX 4090)", 24, 165.2), Card("80 GB (A100)", 80, 312.0))
 
 
 def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts: int = 120) -> dict[str, float]:
-    """Work out what a search would cost at full depth on a card: the figures of `FIGURES`, by name.
-
-    Where a second copy of the weights, in float32, does not fit, the other precision is not tried and not counted.
-    """
+    """Work out `FIGURES` at full depth; where a second copy in float32 does not fit, that precision is not counted."""
     measured = SIZES[record["size"]]
     few, all_layers = record["layers"]["fusion"], sizes.n_layers
     width = sizes.layer_weights / measured.layer_weights
@@ -114,10 +109,7 @@ def reached(row: Mapping[str, float], record: Mapping[str, Any]) -> float:
 
 
 def grows_with(stage: str, heads: int) -> str:
-    """Say what a stage's operations grow with.
-
-    `heads` are those of the model that was run; fewer are measured on confirmation: those named on discovery.
-    """
+    """Say what a stage's operations grow with; on confirmation only the heads named on discovery are measured."""
     asked = re.match(r"exact effects of (\d+) nodes", stage)
     if asked and int(asked[1]) < heads:
         return SETS

@@ -1,12 +1,8 @@
 """Does the whole isolation run at the size of a real checkpoint, and what would it cost on a GPU?
 
-A thinker of the 3B's true shapes (text, vision and audio widths, heads, vocabulary) with random weights and a few
-layers is searched whole, on conflicts cut from disjoint windows of a recording, each window with a synthesised sound of
-its own. Random weights do not hear: the search goes on past the gate (`gate="report"`) and its record is stamped "not
-interpretable"; what is measured are seconds and memory. The towers are timed once more at their full depth.
-
-PyTorch's counter counts the floating-point operations of each stage of the run (matrix products; two for each
-multiplication), from which `true_shape_costs` works out what a search would cost at full depth on a GPU.
+A thinker of the 3B's true shapes with random weights and a few layers is searched whole, past the gate; its record is
+stamped "not interpretable". What is measured are seconds, memory and each stage's operations (PyTorch's counter, matrix
+products alone). The towers are timed once more at their full depth.
 
 Sources of the sizes: the configuration files of Qwen2.5-Omni-3B and -7B.
 """
@@ -121,10 +117,7 @@ def true_processor() -> Any:
 
 
 def stage_windows(recording: str | Path, folder: Path, *, n: int, seconds: float = 1.0, seed: int = 0) -> Path:
-    """Cut conflicts from disjoint windows of a recording, each source with a synthesised sound.
-
-    A window serves several conflicts, with another sound each time, so that no two conflicts share a file.
-    """
+    """Cut conflicts from disjoint windows of a recording; a window serves several, each with another made sound."""
     if not Path(recording).is_file():
         raise InputError(f"the recording {recording} is not there: name a video file of at least {2 * seconds:g} s.")
     shown = load_clip(recording).require_picture()

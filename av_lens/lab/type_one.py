@@ -1,21 +1,11 @@
 """How often do the tests of `isolate` find what is not there, and what is there? By simulation, over designs.
 
-A row is a design (how conflicts share sources), a ratio of the sources' variance to the conflict's own, and a
-skewness. Every draw gives each conflict y = mu + the effects of its sources + its own part, all of that skewness (a
-shifted gamma distribution; normal where 0), the own part with variance 1; a source has one effect whether it is heard
-or seen. The share of draws with p below a level is the type I error where mu = 0, and the power where mu = .5.
-
-The disjoint design is tested by t' with every component one source, by sign flips, and by the rule that `isolate` uses
-(flips, but t' where g < 0); the others by the dyadic t'. The last design has 12 words for sources.
+Every draw gives each conflict y = mu + the effects of its sources + its own part (variance 1), all of a row's skewness
+(a shifted gamma distribution; normal where 0); a source has one effect whether it is heard or seen. Type I error where
+mu = 0, power where mu = .5. The disjoint design is tested by t' with every component one source, by sign flips, and by
+the rule that `isolate` uses; the others by the dyadic t'. The last design has 12 words for sources.
 
 A row is measured once: `OUT/rows.json` keeps it under its settings and the hash of the rules' code.
-
-Example:
-    ```python
-    from av_lens.lab.type_one import run_type_one
-
-    record = run_type_one(out="type-one")
-    ```
 """
 
 import ast

@@ -1,8 +1,7 @@
 """What a clip's arrays, times and rates must be and what is done to them; the border to FFmpeg, and what is refused.
 
-A media file is foreign matter: its headers can promise a terabyte, its packets can be noise. So a file is
-opened with limits (pixels in a frame, no network, no play lists), what it yields is counted against a `Budget`, and
-whatever PyAV, NumPy or the system raise on the way is turned into one kind of error that names the file.
+A media file is foreign matter: it is opened with limits (pixels in a frame, no network, no play lists), what it yields
+is counted against a `Budget`, and whatever is raised on the way becomes one kind of error that names the file.
 """
 
 import hashlib
@@ -318,10 +317,7 @@ def typical_step(times: Float64[np.ndarray, " time"], alone: float) -> float:
 
 
 def window_of_frames(times: Float64[np.ndarray, " time"], start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
-    """Find the frames whose time lies in [start, end).
-
-    Where no frame begins inside, the frame that is on display at `start` stands for the window, at time 0.
-    """
+    """Find the frames whose time lies in [start, end); where none begins inside, the one on display, at time 0."""
     keep = np.flatnonzero((times >= start - TOLERANCE) & (times < end - TOLERANCE))
     if len(keep):
         return keep, np.maximum(times[keep] - start, 0.0)

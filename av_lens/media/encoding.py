@@ -1,14 +1,10 @@
 """Arrays become files that decode back to the same frames, times and samples; and sound at another rate.
 
-`resample`: torchaudio's kernel has `orig / gcd x new / gcd` taps: 70 thousand for 44100 -> 16000, but billions for
-44101 -> 16000. Such rates go through scipy's polyphase filter with a window of the same family.
-
-Files: the same arrays give the same bytes: one thread, no dates, no version strings. What makes the round trip exact:
-
 1. Frame times are written in a time base that holds them all exactly (their least common denominator), or in µs.
-2. AAC's priming samples are marked by the container and skipped by every player; the track's duration is the number
-   of samples, so the last packet's padding is cut off again by `load_clip`.
+2. AAC's priming samples are marked by the container; the track's duration is the number of samples.
 3. 4:2:0 needs even sizes: an odd edge is repeated once, and the file's comment tells `load_clip` the true size.
+
+Rates for which torchaudio's kernel would be huge (44101 -> 16000) go through scipy's polyphase filter.
 """
 
 import heapq

@@ -1,11 +1,8 @@
 """Are two files the same recording? Hashes of what is decoded, which no container, name or tag changes.
 
-`fingerprint` decodes the first 20 seconds of a file's sound and of its picture (of a picture the grey levels) and
-hashes each; equal fingerprints mean equal decoded streams. A stream that says nothing has none, for it would make one
-recording of all: a sound without a sound (digital silence, or any constant), a picture that never changes (by more
-than an encoder changes a still), or whose frames are each of one colour (black).
-
-Not done: copies that were encoded anew, cut or scaled have other fingerprints.
+The first 20 seconds of a file's sound and of its picture's grey levels are hashed. A stream that says nothing (any
+constant sound, a picture that never changes by more than an encoder changes a still, or frames of one colour) has no
+fingerprint. Not done: copies that were encoded anew, cut or scaled.
 """
 
 import hashlib

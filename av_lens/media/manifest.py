@@ -3,11 +3,8 @@
 Each line is a json object: `sound` and `picture` (paths relative to the manifest), `question`, `answers` (the sound's,
 then the picture's; words or lists of synonyms), and optionally `id`, `start` and `end` (seconds, for both files, or a
 list of the sound's and the picture's), `prefix`, `see`, `control`, `describe`, `source` (what the sound's clip and the
-picture's were cut from: two texts) and `references` (a text on each of the two). Lines end with a line feed and nothing
-else, the text is UTF-8 (a byte order mark is skipped), blank lines are skipped. Every line is validated, the files'
-headers too, and *all* faults come in one error with their line numbers.
-
-Not done: answers are compared as words here; which tokens they are shows only with a model.
+picture's were cut from: two texts) and `references` (a text on each of the two). *All* faults, of the files' headers
+too, come in one error with their line numbers. Which tokens answers are shows only with a model.
 """
 
 import json

@@ -27,8 +27,7 @@ _ORIENTATIONS = {
 class Pictures:
     """Takes frames in presentation order, keeps the wanted ones, and knows when the window is full.
 
-    With `fps`, the wanted times are start + k / fps; each takes the nearest source frame, which keeps its
-    true time, and no frame is taken twice. So a candidate is converted to RGB only once it is proved nearest.
+    With `fps`, the nearest source frame of each start + k / fps, at its true time, none twice; only these become RGB.
     """
 
     def __init__(

@@ -1,8 +1,6 @@
 """What a file's own bytes promise and FFmpeg does not check: how long it is, whether it ends, whether more follows.
 
-FFmpeg reads a file that was cut off as far as it goes, without a word; so the sizes, counts and end marks that
-containers write are held against the bytes that are there. A file that promises nothing (a transport stream, a bare AAC
-or MP3 stream without a count) cannot be told from a shorter one.
+A file that promises nothing (a transport stream, a bare AAC or MP3 stream) cannot be told from a shorter one.
 """
 
 import math

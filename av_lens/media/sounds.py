@@ -140,10 +140,7 @@ class Sounds:
         return self._cut(sound, self.first_time, sound_rate)
 
     def _first_error(self) -> float:
-        """Where stamps are rounded (mkv: to 1 ms), say how wrong the first is; each bounds it to half a tick.
-
-        The least error on which all stamps agree; after a seek this leaves microseconds of half a millisecond.
-        """
+        """Where stamps are rounded (mkv: to 1 ms), the least error of the first on which all stamps agree."""
         if not self._drifts:
             return 0.0
         low, high = max(self._drifts) - self._tick / 2, min(self._drifts) + self._tick / 2

@@ -150,10 +150,7 @@ class _Reading:
             arrays.Budget(asked.path, asked.max_bytes).take(n_bytes, size)
 
     def run(self, back: float) -> bool:
-        """Decode the window, from a key frame at least `back` seconds before it.
-
-        Returns False where the seek landed inside the window: then a longer way back is needed.
-        """
+        """Decode the window, from a key frame at least `back` seconds before; False where the seek landed inside."""
         sought = self._seek(back)
         packets = self.container.demux(self.streams)
         while True:

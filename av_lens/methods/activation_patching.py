@@ -1,11 +1,7 @@
 """Activation patching: what does the answer become, if one place is as it was in the other run?
 
-    denoise  the corrupt run is edited; values come from the clean run. Positive effects: the place restores.
-    noise    the clean run is edited; values come from the corrupt run. Negative effects: the place is needed.
-
-`effects = metric(edited) - metric(the run being edited)`, so patching a run into itself gives 0; `normalized()` is 0 at
-the run that was edited and 1 at the donor. The edited run is recorded once and restarted for every place (exact, no
-approximation). `over` says which axes are iterated, `at` which positions are edited *together*:
+`effects = metric(edited) - metric(the run being edited)`; `normalized()` is 0 at the run that was edited and 1 at the
+donor. Positive by "denoise": the place restores; negative by "noise": it is needed. `over` says what is iterated:
 
     over="head" or "layer head"   every head's z                              [example, layer, head]
     over="group"                  the query heads of every key-value head     [example, layer, group]
@@ -18,19 +14,11 @@ approximation). `over` says which axes are iterated, `at` which positions are ed
     over="pair"                   every two heads together                    [example, pair]
     over="coalition:32"           every head's Shapley value, 32 orders       [example, layer, head, figure]
 
-Heads and groups can be iterated with span, pos, window and box as well. `component=` names another activation
-(`"attn_out"`, `"mlp_out"`, `"v"`, `"pattern"`, ...); k and v have key-value heads. `donor=` puts something else in
-place than the pair's other run: "zero", or the mean over the examples of an input of the same layout. To see the two
-answers of a difference apart, patch with each metric of `logit_diff("siren", "dog").by_answer()`.
-
-Heads that stand in for one another hide from single patches: pairs show two of them, and the Shapley value of a head is
-what it adds on average to the heads before it in a random order, all heads' values summing to the effect of patching
-them all. It is estimated over orders and their reverses; "error" is its standard error over them.
+Heads and groups can be iterated with span, pos, window and box as well; k and v have key-value heads. Shapley values
+are estimated over orders and their reverses; "error" is their standard error over them.
 
 Source: Vig et al. (2020), Meng et al. (2022); Zhang and Nanda (2024) on the two directions; Castro et al. (2009) for
 sampled Shapley values. Not done: paths (an edit flows on through everything after it).
-
-    >>> grid = patch(model, pair, over="head", at="generation", metric=logit_diff("siren", "dog"))  # doctest: +SKIP
 """
 
 from collections.abc import Callable, Sequence

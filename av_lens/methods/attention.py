@@ -3,20 +3,10 @@
     weight="attention"   mass(Q, K) = mean over q in Q of the sum over k in K of p[q, k]          (sums to 1 over roles)
     weight="value"       mass(Q, K) = mean over q in Q of the sum over k in K of p[q, k] |v_k W_O|
 
-The second weighs each edge by the norm of what it moves: an attention sink has much of the first and little of the
-second. Both are sums over keys: a role with many positions gets much by its size alone, so compare the same role
-between layers, questions or models. Nothing is edited and no sign is involved: the values are the masses, the grid's
-baseline is 0. Each layer's pattern is reduced to role sums inside the run and let go of.
-
-`sinks=True` takes the media positions that the suffix reads over 10 times the mean (protocol section 3) out of their
-roles and shows them as a role of their own. `max_new_tokens=` lets the model answer first; the queries
-`"generation|generated"` are then those that produced the answer's tokens, as in the study.
+Both are sums over keys: a role of many positions gets much by its size alone. Values are the masses, the baseline is 0.
 
 Source: the study (arXiv 2604.02605) for masses by role; Kobayashi et al. (2020) for the norm. Not done: attention over
-several layers (rollout). Attention is no evidence of use: cut the edges (`knockout`) to see whether they matter.
-
-    >>> flow = attention_flow(model, x, queries=("question", "generation"), by="layer")       # doctest: +SKIP
-    >>> flow.mean().sel(query="generation", key="video"), flow.interval()                     # doctest: +SKIP
+several layers (rollout).
 """
 
 from collections.abc import Sequence

@@ -1,24 +1,14 @@
 """Direct logit attribution: which parts of the model write the answer's preference into the last position?
 
-The residual stream at the generation position is a sum: the embedding, what every head and every MLP wrote, and biases.
-The final norm divides by a scale and the unembedding is linear, so with the norm *frozen at the run's own scale* the
-logit difference is a sum of shares,
+With the final norm *frozen at the run's own scale* the logit difference is a sum of shares of what every part wrote,
 
     logit(a) - logit(b) = sum over parts of [ (part / scale) * weight ] . (W_U[a] - W_U[b])  +  b_U[a] - b_U[b],
 
-positive where a part writes towards a. The unembedding's bias is a part of its own. `grid.effects` are the shares,
-`grid.baseline` the run's own logit difference, `grid.closure_error` what is missing (rounding only).
-
-`by="head span"` also asks what a head's write was made of: z = sum over source positions of attention x value, so its
-share splits exactly into what it moved from the sound, the picture, the question. `by="neuron"` splits every MLP into
-its hidden units. All hold on folded weights (`model.compatible()`) as well.
-
-Done only for differences of one-token logits: log-probabilities and pooled synonyms are not linear. A share is what a
-part writes *directly*; what later parts make of it counts as theirs.
+positive where a part writes towards a; `closure_error` is what is missing. By "head span" z = sum over source positions
+of attention x value is split by the role of the source. Log-probabilities and pooled synonyms are not linear, and so
+refused. What later parts make of a write counts as theirs.
 
 Source: Elhage et al. (2021); nostalgebraist (2020) for the frozen norm.
-
-    >>> grid = direct_attribution(model, x, metric=logit_diff("siren", "dog"), by="head")  # doctest: +SKIP
 """
 
 from collections.abc import Mapping

@@ -1,35 +1,24 @@
 """Edge attribution patching: which readings of which writes does the answer hang on?
 
-The stream is a sum of what the embedding, every head and every MLP write, and is read by every head's queries, keys and
-values, every MLP and the unembedding. For a sender u and a receiver v that comes after it
+For a sender u (embedding, head, MLP) and a receiver v that comes after it (a head's queries, keys or values, an MLP,
+the unembedding)
 
     EAP(u to v) = (z_u(donor) - z_u(base)) . dm / d(input of v)       summed over positions
 
-estimates to first order what the metric m does when v alone reads u as in the donor run. z_u is what u writes to the
-stream; the gradient is taken at v's own branch, before its norm, and holds all that v causes. Keys and values are
-ungrouped: "L4H2.k" is the key that query head 2 alone would see.
+z_u is what u writes to the stream; the gradient is taken at v's own branch, before its norm, and holds all that v
+causes. Keys and values are ungrouped: "L4H2.k" is the key that query head 2 alone would see.
 
     variant="eap"             the gradient of the base run
     variant="ig_inputs"       its mean over runs whose embedding (media and text) lies between base and donor
     variant="ig_activations"  for each sender group (embedding, a layer's heads, an MLP) its mean over runs in which
                               what this group writes lies between base and donor
 
-    direction="noise"    base is the clean run, donor the corrupt one (the literature's way)
-    direction="denoise"  base is the corrupt run, donor the clean one
-
-Sign: a positive score raises the metric when the donor's value comes in. The means are midpoint sums over `steps`.
-
-Closure: the edges that leave the embedding sum to m(donor) - m(base) along the integrated path ("ig_inputs",
-"ig_activations"), to first order without it; `scores.closure_error` is what is missing. With "ig_activations" every
-group's edges sum to the exact effect of patching that group. Edges that leave a sender sum, in "eap", to the sender's
-attribution patching (`attribution_patch`).
+A positive score raises the metric when the donor's value comes in. The means are midpoint sums over `steps`. Closure:
+the embedding's edges sum to m(donor) - m(base) along the integrated path; with "ig_activations" every group's to the
+exact effect of patching it.
 
 Source: Syed et al. (2023); EAP-IG: Hanna et al. (2024); the activations variant: Mueller et al. (MIB, 2025). Not done:
-answers of several tokens (at their own positions edges leave that no donor gives), and circuits (running the model with
-edges taken away).
-
-    >>> scores = edge_attribution(model, pair, metric=logit_diff("siren", "dog"))         # doctest: +SKIP
-    >>> scores.top(20), scores.closure_error                                              # doctest: +SKIP
+answers of several tokens (at their own positions edges leave that no donor gives).
 """
 
 from __future__ import annotations

@@ -4,27 +4,16 @@
     atp_fixed  queries and keys: z recomputed with the donor's queries or keys, the softmax exact (the QK fix),
                and (z' - z) . dm/dz; other components: as atp
     atp_star   mean over layers d of |atp_fixed with layer d's writes held at the base run's| (GradDrop): a size, never
-               negative. Effects of opposite sign through different layers cancel in atp, not in the mean of the drops.
-               A node's own layer is left out where it leaves the node no way to the answer.
+               negative. A node's own layer is left out where it leaves the node no way to the answer.
     exact      the patch itself, for the `top` nodes by atp_star (by |atp_fixed| without `drop`); the others are NaN
     error      atp_fixed - exact
 
-all in the unit of the metric, on the axis `figure` of the grid's *effects*:
-
-    denoise  the corrupt run is the base, the clean run the donor. Positive: the place restores what the metric measures
-    noise    the clean run is the base, the corrupt run the donor. Negative: the place is needed for it
-
-The places are those of `patch`, and `exact` equals it. A guess costs one backward pass through the suffix (and one
-for each layer with `drop`); it is good where the model is nearly linear between the two runs, bad behind saturated
-softmaxes and norms, which `error` shows where it was measured. The query and key fix covers the layer's own softmax
-only.
+A guess costs one backward pass through the suffix (and one for each layer with `drop`); the fix covers the layer's own
+softmax only. Signs are those of `patch`.
 
 Source: Nanda (2023); AtP*: Kramár et al. (2024, 2403.00745). Not done: edits of several layers at once, the paper's
 bound on what was missed (raise `top` instead), and, for answers of several tokens, `drop` and the fix of keys: the
 answer's own positions read the prompt too, and neither reaches them.
-
-    >>> grid = attribution_patch(model, pair, metric=logit_diff("siren", "dog"))              # doctest: +SKIP
-    >>> grid.mean().sel(figure="atp_star"), grid.mean().sel(figure="error")                   # doctest: +SKIP
 """
 
 from collections.abc import Callable, Sequence

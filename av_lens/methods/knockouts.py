@@ -2,34 +2,17 @@
 
     effect(edge) = metric(run without the edge's attention) - metric(run)          positive: the cut restores
 
-An edge is a flow in words, from what is read to who reads it: `"video -> generation"` (the asked position),
-`"video|audio -> question"` (the prompt alone), `"video -> generated"` (the asked position and every decoding step),
-`"media -> sinks"`, `"media - sinks -> generation"`. Cuts act before the softmax, so that the remaining weights are
-renormalised, or after it (`renormalize=False`: the weight is lost). `include_generation=False` spares the asked
-position, as the study's code does: its first generated token is then never knocked out.
-
     over="all"     the edges in all named layers and heads at once              [example, edge, condition]
     over="layer"   in windows of `width` layers around each layer               [example, edge, width, layer, condition]
     over="head"    in every head alone                                          [example, edge, layer, head, condition]
 
-A window of width w around layer l holds the layers l - w // 2 to l - w // 2 + w - 1, cut off at the model's ends.
-
-`condition` holds the cut beside its controls (protocol section 8): "equal mass" removes as much value-weighted
-attention elsewhere (the same edges in other heads at most one layer away; where these move too little, other keys that
-hold no media; NaN where neither comes within a quarter of it: then cut fewer heads or layers), "other heads" the same
-edges in as many heads at most one layer away (NaN where there are too few), "equal count" as many other keys (NaN
-unless three times as many exist), and "10% of keys", "30% of keys" are nested fractions of the cut. Controls are means
-over `draws` random ones; how well their mass was matched stands in the provenance.
-
-Of conflicts, without a metric, C = (M(va) - M(av)) / 2 is measured (protocol section 2), in which the words' own priors
-cancel: a positive effect means that the sound is said again. `max_new_tokens=` lets the model answer under the cuts as
-well; the texts stand in the provenance.
+A window of width w around layer l holds the layers l - w // 2 to l - w // 2 + w - 1, cut off at the model's ends. Cuts
+act before the softmax, or after it (`renormalize=False`: the weight is lost). `condition` holds the cut beside its
+controls (`shared.matched_cuts`; protocol section 8), means over `draws`; how well their mass was matched stands in the
+provenance. Of conflicts, without a metric, C is measured (protocol section 2).
 
 Source: Geva et al. (2023) for knockout, the study (arXiv 2604.02605) for roles, "From Senses to Decisions" (2606.10147)
 for windows. Not done: cuts chosen by content (patch the pattern instead).
-
-    >>> grid = knockout(model, conflicts, edges=["video -> generated", "video -> question"])   # doctest: +SKIP
-    >>> grid.mean().sel(edge="video -> generated"), grid.interval()                           # doctest: +SKIP
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -2,24 +2,15 @@
 
     logits(l, p) = unembed(final_norm(stream after layer l at position p))
 
-with the final norm's scale computed anew for each stream; at the last layer these are the model's own logits. Read at
-any span, by default at the sound's positions: the likeliest tokens in words, and ranks (0 is the top) and probabilities
-of chosen words, in the form that the model says (`runs.forms`). Of conflicts, the words are the sound's and the
-picture's answers, and the words of the other conflicts' sounds, in the same form, are the null.
+with the final norm's scale computed anew for each stream. *Latent audio understanding* (`readout.understanding(k)`) is
+the fraction of clips in which the sound's word is in the top k at some audio position and layer, beside the null of
+protocol section 8. Of an answer of several tokens the first is read; of synonyms the best rank, and the sum of
+probabilities.
 
-*Latent audio understanding* (`readout.understanding(k)`) is the fraction of clips in which the sound's word is in the
-top k at some audio position and layer, beside the null of protocol section 8: the same maximum over positions and
-layers for other sounds' words on the same clip. The excess is what is to be reported. Of an answer of several tokens
-the first is read; of synonyms the best rank, and the sum of probabilities.
-
-`norm=False` leaves the final norm out at every layer, as the study's code does (arXiv 2604.02605), which reads what
-each decoder layer hands on. Ranks then depend on what the norm's weights would have turned down, and the last layer's
-are not the model's own; it is there to reproduce, not to be used. The study's own rule for its 61.4% was not found.
+`norm=False` is there to reproduce the study's code (arXiv 2604.02605), not to be used: ranks then depend on what the
+norm's weights would have turned down. The study's own rule for its 61.4% was not found.
 
 Source: nostalgebraist (2020). Not done: tuned lenses (a translator fitted to each layer).
-
-    >>> read = logit_lens(model, conflicts)                                                    # doctest: +SKIP
-    >>> read.understanding(k=5).mean("values"), read.top(layer=4)                             # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -2,28 +2,18 @@
 
 A linear probe (`results.linear_probes`) reads the class of the sound (or of the picture) from the residual stream,
 averaged over a span's positions, before the first layer (layer 0) and after each (layer l). It learns on *conflict*
-cells only (`va` and its mirror `av`), where the other medium shows another class: to read the picture is not to read
-the sound.
+cells only, where the other medium shows another class: to read the picture is not to read the sound.
 
     accuracy      share of held-out cells that the probe reads right
     control       the same with control labels: each clip gets a random class (Hewitt and Liang, 2019)
     selectivity   accuracy - control
-    other alone   accuracy of the best guess from the other medium's class, learnt on the same cells: what reading that
-                  medium alone would give
+    other alone   accuracy of the best guess from the other medium's class, learnt on the same cells
 
-Conflicts are dealt to two halves that share no clip (`results.dealing`); probes learn on discovery and are tested on
-confirmation, whose conflicts are the grid's examples (a conflict is the mean over its cells; intervals resample
-components of conflicts that share clips). The layer is *chosen* on discovery, by cross-validation that keeps
-components whole, and tested on confirmation: `at_chosen_layer(grid)`. A class that discovery does not have cannot be
-read and counts as not measured. Because no clip is on both sides, control labels can be read there by chance only: a
-control above chance shows a leak. How well probes memorize control labels where they learn is
-`provenance["control_fit"]`.
+Halves, training, testing and the choice of layer (cross-validation that keeps components whole): protocol section 8. A
+class that discovery does not have counts as not measured. No clip is on both sides, so a control above chance shows a
+leak; how well control labels are memorized is `provenance["control_fit"]`.
 
-Sign: shares, baseline 0, so effects are values. Source: Alain and Bengio (2016); protocol section 8. Not done: what the
-model makes of it (that a probe reads it does not mean that the model does), non-linear probes.
-
-    >>> grid = probe(model, conflicts)                                                        # doctest: +SKIP
-    >>> at_chosen_layer(grid).interval().sel(figure="selectivity", span="generation")         # doctest: +SKIP
+Source: Alain and Bengio (2016). Not done: what the model makes of it, non-linear probes.
 """
 
 from __future__ import annotations
@@ -59,16 +49,7 @@ FEWEST = 8  # conflicts of a half
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Streams(Brief):
-    """What probes read: pooled streams of conflict cells, kept so that statistics can be made again without the model.
-
-    Attributes:
-        vectors: the pooled streams.
-        at: the spans.
-        cells: the cells.
-        members: what dealing needs of each conflict.
-        labels: the class of sound a and of picture v of each conflict.
-        model: the model's name.
-    """
+    """What probes read: pooled streams of conflict cells, for statistics that are made again without the model."""
 
     vectors: Float[np.ndarray, "conflict cell layer span d_model"]
     at: tuple[str, ...]

@@ -2,31 +2,17 @@
 
     incoming(k)  = sum over layers, heads and queries q of the suffix of p[q, k] |v_k W_O|
     k is a sink    where incoming(k), averaged over examples, is over 10 times its mean over media positions
+    score(k)     = (V - A) / (V + A)      1: read by the picture alone, -1: read by the sound alone
 
-(protocol section 3: a sink is a media position). Text before the suffix is held to the same bar, and what passes stands
-in `elsewhere`: the first position of a pretrained model often does. The suffix itself is not judged, it reads itself.
-For each sink, from the plain attention that later media positions pay to it, over all layers and
-heads, with V the mean over later picture positions and A the mean over later sound positions:
+with V and A the mean plain attention that later picture and later sound positions pay to k. A score of at least 0.5
+towards its own modality is unimodal, another cross-modal; NaN where no later position of one modality exists (the
+released code has 0 there). The cut at 0.5 is a convention of ours: the paper's was not found.
 
-    score(k) = (V - A) / (V + A)      1: read by the picture alone, -1: read by the sound alone
-
-A sink that its own modality reads much more (score of at least 0.5 towards it) is unimodal, another is cross-modal: it
-stands where sound and picture meet. Where no later position of one modality exists (a sound after its whole picture)
-the score is NaN and the sink undetermined; the released code has 0 there. The cut at 0.5 is a convention of ours: the
-paper's was not found.
-
-Dimensions: at a sink the stream is often carried by a few huge coordinates. Layer by layer, dimension d is a sink
-dimension where the mean over sinks of |x_d| / rms(x) is over 10 times its mean over dimensions; none is written down in
-advance, as none would hold for another model. `elsewhere` is the same mean over the other media positions.
-
-The control: cut the same edges with and without the sinks (`knockout(edges="media - sinks -> question")`), and the
-share of examples in which a position passes by itself. Positions mean the same only within one layout.
+Layer by layer, dimension d is a sink dimension where the mean over sinks of |x_d| / rms(x) is over 10 times its mean
+over dimensions. Positions mean the same only within one layout.
 
 Source: "Probing Cross-modal Information Hubs" (arXiv 2605.10815) for the score, from its released code; Sun et al.
 (2024) for the dimensions. Not done: that paper's causal tracing (patch the sinks instead).
-
-    >>> found = find_sinks(model, conflicts)                                                   # doctest: +SKIP
-    >>> found.table, found.of("cross-modal"), Plan(cut("question", found.span))               # doctest: +SKIP
 """
 
 import html
@@ -63,7 +49,7 @@ class Sinks:
         span: their positions; fit for cuts and sites. `x.spans.media - span` is the rest.
         table: one row for each: `position token role start_s incoming times examples read_by_picture read_by_sound
             score kind`; `times` is incoming over its mean, `examples` the share of examples in which it passes alone.
-        dimensions: one row for each layer and sink dimension: `layer dimension at_sinks elsewhere`.
+        dimensions: one row for each layer and sink dimension: `layer dimension at_sinks elsewhere` (other media).
         incoming: incoming attention, `[example, pos]`.
         elsewhere: one row for each position that passes the same bar and is no media position, nor in the suffix:
             `position token role start_s incoming times examples`.
@@ -97,11 +83,7 @@ class Sinks:
         return Span(np.asarray(chosen, dtype=np.int64), self.span.source)
 
     def to_frame(self) -> pd.DataFrame:
-        """Lay the sinks out as a tidy frame.
-
-        Returns:
-            `table`, one row for each sink.
-        """
+        """Lay the sinks out as a tidy frame: `table`, one row for each sink."""
         return self.table
 
     def __repr__(self) -> str:

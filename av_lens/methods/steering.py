@@ -1,27 +1,16 @@
 """Steering and repair: how far does the answer move, as a push on some sites grows, and how far does a random push go?
 
-A *push* is a plan of edits that can be made weaker and stronger: adding a vector, scaling, zeroing. At strength s
-
     add     activation + s x value                       (0: nothing; 1: the plan as written)
     scale   activation x [1 + s x (amount - 1)]          (0: nothing; 1: the plan as written; zero is a scale to 0)
 
     effects[example, arm, strength] = metric(pushed run) - metric(run)
 
-positive where the push raises the metric. The arm "plan" is what was asked; "random 1", "random 2", ... are its
-controls: the same edits on other heads, as many, each drawn from a layer at most one away from its counterpart's; or
-the same added vectors with their direction drawn anew at equal norm. What has neither heads nor a vector (a scale of
-the whole stream), or a factor of its own for each head, has no control, and these arms are NaN.
-
-`reweighed({"L4H2": 0.0})` makes a plan that scales heads; `mean_difference(model, pair, layer=4)` one that adds the
-difference of two runs, averaged over pairs and positions. `Plan.save` writes either as a file that `generate`,
-`caption` and `av-lens generate --plan` apply.
+The arms "random 1", ... are controls: the same edits on other heads, as many, each from a layer at most one away; or
+the same added vectors with their direction drawn anew at equal norm. What has neither heads nor a vector, or a factor
+of its own for each head, has no control: NaN.
 
 Source: Turner et al. (2023) and Rimsky et al. (2024) for added differences of means; Li et al. (2023) on heads. Not
 done: searching for the heads (`isolate` does), optimised vectors, steering that turns off after some tokens.
-
-    >>> push = reweighed({"L4H2": 0.0, "L4H3": 0.0}, at="suffix")                              # doctest: +SKIP
-    >>> steer(model, x, plan=push, metric=logit_diff("siren", "dog")).mean()                   # doctest: +SKIP
-    >>> push.save("plan.json", model=model)                                                    # doctest: +SKIP
 """
 
 import re

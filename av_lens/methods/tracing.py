@@ -1,29 +1,17 @@
 """Causal tracing: spoil what the model sees or hears, then give single states back. Which of them carry the answer?
 
-    clean      the run as it is
-    corrupted  the embeddings of some media are spoiled as they enter the fusion layers
-    restored   the corrupted run, in which the states of a few layers at one place are those of the clean run
-
     effects     IE = metric(restored) - metric(corrupted)       positive: the state brings the metric back
     normalized  IE / (metric(clean) - metric(corrupted))        0 as corrupted, 1 as clean
 
-    corruption="noise"  Gaussian noise of `scale` = 3 standard deviations of each spoiled role's own embeddings, a fresh
+    corruption="noise"  Gaussian noise of `scale` standard deviations of each spoiled role's own embeddings, a fresh
                         draw for each seed; figures are means over seeds, the provenance has their standard error
     corruption="mean"   every embedding of a role becomes the role's mean; "zero": zero
     a Pair              its corrupt input is the corrupted run (a picture really blanked, a sound really muted)
 
-Without a metric the probability of an answer is traced: `answer="clean"`, the clean run's own top token (IE_clean =
-P_restored[o_clean] - P_corrupted[o_clean]), or `answer="corrupt"`, that of the corrupted run, whose IE is negative
-where the state drives the wrong answer out.
-
-A window of w layers is restored around each layer (for attn_out and mlp_out, of which one layer seldom suffices). The
-control is `placebo=True`: at each place as many other positions, drawn at random, are restored instead.
+Without a metric the probability of the top token of the clean or of the corrupted run is traced (`answer=`).
 
 Source: Meng et al. (2022, ROME); for audio-visual models "Probing Cross-modal Information Hubs" (2605.10815). Not done:
 severed restorations (holding MLPs or attention corrupted; `path_patch` tells direct from mediated).
-
-    >>> grid = causal_trace(model, x, noised="audio", metric=logit_diff("siren", "dog"))      # doctest: +SKIP
-    >>> grid.normalized().mean("example")                                                     # doctest: +SKIP
 """
 
 from collections.abc import Callable, Iterator, Sequence

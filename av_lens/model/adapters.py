@@ -1,10 +1,7 @@
-"""A folder of LoRA weights (peft), opened as the model that it makes of its base.
+"""A folder of LoRA weights (peft), opened as the model that it makes of its base: W' = W + scale * B A.
 
-    W' = W + scale * B A      for every weight W that the adapter names
-
-The folder holds `adapter_config.json`, which names its base (a folder or a hub name), and `adapter_model.safetensors`.
-The base is loaded, peft puts the adapter in and merges it (`merge_and_unload`), and what is wrapped is a plain model:
-every hook, every weight and every method sees W'. Every weight of the adapter must find its place, or it is refused.
+peft merges the adapter (`merge_and_unload`), and what is wrapped is a plain model. Every weight of the adapter must
+find its place, or it is refused.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); the library peft.
 """

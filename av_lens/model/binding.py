@@ -1,16 +1,10 @@
 """Media that come with an input: for TransformerLens's own tools, and encoders' outputs kept for many prompts.
 
-TransformerLens's tools take token ids and call the model with them; for an audio-visual prompt the ids are only
-placeholders. `bind` returns a `TransformerBridge` (the same modules and hooks, a shallow copy) whose `forward` adds
-the media that belong to the ids. Which media is decided, never guessed: one input is told by its ids or their
-repetition along the batch; two inputs whose ids are equal are told apart by identity (the tensor itself, or rows of it
-that share its memory), so a tool that copies ids is refused instead of served the other's media.
+`bind` returns a shallow copy of the bridge whose `forward` adds the media that belong to the ids. Inputs whose ids are
+equal are told apart by identity (the tensor itself, or rows of it that share its memory), never guessed.
 
-At a real checkpoint's sizes the encoders cost as much as the fusion layers, and an isolation reads each clip in a dozen
-cells. So `remembered_towers` keeps an encoder's output under a hash of all its inputs; it is the same to the bit. Hooks
-on the encoders fire as ever: `hook_in` before the memory is asked, `hook_out` on a copy of what it gives. Hooks inside
-an encoder are part of the key: what was kept under others is not given. With gradients on, nothing is kept and nothing
-is taken from it.
+`remembered_towers` keeps an encoder's output under a hash of all its inputs. Hooks on the encoders fire as ever; hooks
+inside one are part of the key. With gradients on, nothing is kept and nothing is taken from it.
 """
 
 from __future__ import annotations
@@ -80,10 +74,7 @@ def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
 
 @contextmanager
 def remembered_towers(model: Any, *, gb: float = 1.0) -> Generator[None, None, None]:
-    """Let a model's encoders, whose weights must not change meanwhile, remember so many GB each, then forget.
-
-    Where there is no model (or no bridge in it), nothing is done.
-    """
+    """Let a model's encoders, if there is a bridge and their weights stay, remember so many GB each, then forget."""
     modules = model.bridge.modules() if hasattr(model, "bridge") else ()
     towers = [module for module in modules if isinstance(module, TowerBridge) and module.memory is None]
     for tower in towers:
@@ -131,10 +122,7 @@ class Bound:
 
 
 def bind(bridge: TransformerBridge, inputs: Sequence[Bound]) -> TransformerBridge:
-    """Copy a bridge so that its forward adds the media of one input (`bound.ids`), or of a pair's two.
-
-    Modules and hooks are shared, not copied. A pair's ids are `bound.clean_ids` and `bound.corrupt_ids`.
-    """
+    """Copy a bridge so that its forward adds the media of one input (`bound.ids`), or of a pair's two."""
     if len({one.ids.untyped_storage().data_ptr() for one in inputs}) < len(inputs):
         raise InputError("the two inputs of a pair need id tensors of their own, or nothing tells their media apart.")
     bound, turn = TransformerBridge.__new__(TransformerBridge), turn_of(bridge)

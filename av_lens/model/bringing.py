@@ -1,15 +1,8 @@
 """Bring your own: a text decoder fed by anybody's encoders, as a model that every method of av_lens takes.
 
-    model = wrap(hf_text_model, embed, tokenizer=tokenizer)      # embed(clip, question, **asked) -> Given
-    x = model.encode(clip, "What do you hear?")                  # patch, attribute, knock out, isolate as ever
-
-What `embed` is shown is what was asked for: of a clip whose sound is left out it gets the picture alone, and None where
-both are. Text of the assistant (`prefix=`, `answer=`) is put after it here, as everywhere. Where the model's code runs
-in another environment, `Saved` answers in `embed`'s place from files, and leaves word of those that are missing.
-
-`load` opens a folder of such files too: one that holds `bring.json`, {"model": "../folder of the checkpoint"}, and
+`load` opens a folder of saved prompts too: one that holds `bring.json`, {"model": "../folder of the checkpoint"}, and
 where they are needed "family" ("qwen2", ...), "prefix" (of the decoder's weights in it, "llm."), "inner" (where its
-configuration holds the decoder's) and "tokenizer" (a folder). So every command takes one in a model's place.
+configuration holds the decoder's) and "tokenizer" (a folder).
 
 Not done: what `embed` computes is taken as it is. Gradients end at its embeddings, and its encoders have no hooks.
 """

@@ -1,13 +1,7 @@
 """A checkpoint that is a difference: a few slices of weights that take the place of another checkpoint's.
 
-A folder with `difference.json` holds no whole model. It names its base (a short name or a folder), the hash of the
-base's weights, and the slices that differ, which lie in `difference.safetensors` in the base's own precision:
-
-    {"schema": 1, "base": "av-tiny-balanced", "base_sha256": "...",
-     "slices": [{"name": "model.layers.0.self_attn.q_proj.weight", "axis": 0, "start": 32, "stop": 48}, ...]}
-
-`load` opens the base and puts the slices in. A base with other weights is refused: what was known about the planted
-heads would not be true of it.
+`difference.json` names the base (a short name or a folder), the hash of its weights, and the slices that differ, which
+lie in `difference.safetensors`. A base with other weights is refused: what is known about planted heads would not hold.
 """
 
 import hashlib

@@ -1,8 +1,4 @@
-"""The bridge's attributes that the wrapper hands on: a written list, each tested.
-
-TransformerLens's protocols and tools read weights and components off the model. What is not listed here is not part of
-the wrapper; `model.bridge` has it.
-"""
+"""The bridge's attributes that the wrapper hands on: a written list, each tested; `model.bridge` has the others."""
 
 from typing import Any
 

@@ -1,17 +1,9 @@
 """From a name or a folder to a model whose every hook is real.
 
-A short name ("av-tiny") is an organism that ships with the package; anything else is a local folder or a name on the
-HuggingFace hub (`av_lens.checkpoints` finds and checks folders). A folder may hold a mere difference over another
-checkpoint (`differences`). Only the fusion model is loaded: of a full Qwen2.5-Omni checkpoint the thinker, never the
-talker or the vocoder. Weights come from safetensors, must fit the configuration and be finite, and no code from a
-checkpoint is run, or asked about.
-
-The sizes at which frames are shown are the checkpoint's own, where it states any for videos.
+Only the fusion model is loaded: of a full Qwen2.5-Omni checkpoint the thinker. Weights come from safetensors, must fit
+the configuration and be finite, and no code from a checkpoint is run, or asked about.
 
 Precision: float32 for organisms and, on a CPU, for anything below a billion parameters; else the checkpoint's own.
-Device: cuda where the model fits, else the CPU. `device_map=` spreads a model over devices, memory and disk, layer by
-layer; a checkpoint that bitsandbytes quantised opens as it is (`families.weights` says what then works). A folder of
-LoRA weights (peft) opens merged into its base (`adapters`).
 """
 
 import copy

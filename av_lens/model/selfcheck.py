@@ -1,12 +1,8 @@
 """Is the model in hand the one whose hooks we think we turn? A self-check at the door.
 
-A hook that is off the road gives a null result and no error. So: writing an activation back unchanged must change
-nothing, to the bit; turning it to another *direction* must change the logits (a pure rescale is a bad probe: the next
-norm undoes it); rows of the pattern must sum to one; the stream must be the sum of what was written to it.
-
-Guaranteed after `check_model(model)`: this at every hook of `hook_names.COMPONENTS`, in every layer, on random ids or
-on the audio-visual input that is given, whose spans must cover it. Not guaranteed: that the weights are good ones, or
-that another input takes the same road through a tower.
+Writing an activation back must change nothing, to the bit; turning it to another *direction* must change the logits (a
+pure rescale is a bad probe: the next norm undoes it); rows of the pattern must sum to one; the stream must be the sum
+of what was written to it. Not guaranteed: that another input takes the same road through a tower.
 """
 
 import json
@@ -166,10 +162,7 @@ def check_parts(hf_model: Any, processor: Any, name: str) -> None:
 
 
 def turned(value: torch.Tensor, component: Component) -> torch.Tensor:
-    """Another direction for an activation: not a rescale, and legal for its kind.
-
-    Patterns look at key 0 alone, scores favour it, scales vary by position, all else is mixed with itself, rolled.
-    """
+    """Another direction, legal for its kind: patterns look at key 0, scores favour it, the rest varies or is rolled."""
     new = torch.zeros_like(value) if component.name == "pattern" else value.clone()
     if component.name in ("pattern", "scores"):
         new[..., 0] += {"pattern": 1.0, "scores": 3.0}[component.name]

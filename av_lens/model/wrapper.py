@@ -1,13 +1,7 @@
 """A model in hand: a TransformerBridge with every hook real, that takes audio-visual inputs wherever it takes ids.
 
-`HookedAVLLM` *holds* a TransformerLens bridge (`.bridge`), forwards a written list of its attributes
-(`model.forwarding.FORWARDED`), and satisfies TransformerLens's `TransformerLensModel` and
-`TransformerLensModelWithWeights` protocols. What it adds is media: `encode` makes inputs, and every verb takes them.
-For TransformerLens's own tools, `bound(x)` gives a real bridge.
-
-    >>> model = load("av-tiny")                                    # doctest: +SKIP
-    >>> x = model.encode(clip, "What do you hear?")                # doctest: +SKIP
-    >>> logits, cache = model.run_with_cache(x)                    # doctest: +SKIP
+It satisfies TransformerLens's protocols `TransformerLensModel` and `TransformerLensModelWithWeights`; for its own tools
+`bound(x)` gives a real bridge.
 """
 
 from __future__ import annotations

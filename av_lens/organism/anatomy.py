@@ -1,19 +1,13 @@
 """What the embedded models are made of: grammar, config, tokenizer and processor, and the folder they are saved as.
 
-The models understand four kinds of questions (hear, see, colour, caption) in a few phrasings each, all of five tokens.
-This is the one source of these words: the tokenizer takes its merges from `words()`, training its questions from
-`QUESTIONS`, and `as_dict()` is saved beside the weights as `grammar.json`, where the encoder reads it. What has no
-picture (or a blank one) looks like "nothing"; what has no sound (or silence) sounds like "nothing".
+The one source of the words: the tokenizer takes its merges from `words()`, training its questions from `QUESTIONS`, and
+`as_dict()` is saved as `grammar.json`. The classes are those of real checkpoints; small are the vocabulary, the
+pictures (84 x 84 pixels, 3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18
+video and 50 audio tokens, interleaved as V9 A25 V9 A25. Qwen's default system message is left out of the template.
 
 Example:
     >>> GRAMMAR.kind("What do you  HEAR ?")
     'hear'
-
-The classes are those of real checkpoints, so that media files go in by the road that real checkpoints take. What is
-small is the vocabulary (256 byte symbols, the words as merges, Qwen's special tokens), the pictures (84 x 84 pixels,
-3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video tokens and 50 audio
-tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25. Qwen's default system message is
-left out of the chat template, for it would make every prompt a third longer.
 """
 
 import contextlib
@@ -105,10 +99,7 @@ def byte_symbols() -> list[str]:
 
 
 def merges() -> list[tuple[str, str]]:
-    """Spell every word of the grammar as merges, letter by letter from its start.
-
-    Words after a space come first, so that no merge of a line's first word can break one up.
-    """
+    """Spell every word as merges, letter by letter; those after a space first, so that no other can break them up."""
     space = byte_symbols()[ord(" ")]
     spaced, leading = words()
     whole = [*(space + word for word in spaced), *leading]

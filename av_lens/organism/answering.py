@@ -1,12 +1,7 @@
 """What a model answers to many clips, quickly, and how often it names the sound, the picture, or neither.
 
-This is the road that evaluation takes. It gives the logits of the plain forward pass (`evaluation` compares the two on
-a sample through files, `encode` and `forward` every time it runs), and lets heads be silenced at the text positions and
-attention between roles be cut everywhere.
-
-A cell says what the model is given: `factual` (a thing and its sound), `conflict` (a thing and another one's sound),
-`blank_picture`, `mute_sound`, `audio_only`, `video_only`. Each clip is asked to hear, to see and for the colour, its
-phrasing taken in turn. The answer is the most likely token of the whole vocabulary.
+Logits are those of the plain forward pass, which `evaluation` compares on a sample. Each clip is asked to hear, to see
+and for the colour, its phrasing taken in turn; the answer is the most likely token of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -64,10 +59,7 @@ class Asked:
 
 
 def blocked(layout: str, *, query: str, key: str, blocks: int, width: int) -> Bool[Tensor, "pos pos"]:
-    """Mark attention edges to cut, in every layer: true where a query may not see a key.
-
-    Roles are "audio", "video" and "text" (all positions that are neither, the questions included), or "text|audio".
-    """
+    """Mark attention edges to cut: true where a query may not see a key; the role "text" is all that is no medium."""
     frame = language.make_frame(layout)
     every = torch.arange(len(frame.ids) + blocks * width)
     roles = {"video": torch.isin(every, frame.video), "audio": torch.isin(every, frame.audio)}
@@ -119,10 +111,9 @@ def logits(
     cut: tuple[str, str] | None = None,
     slots: Sequence[int] = (-1,),
 ) -> Float[Tensor, "clip question slot d_vocab"]:
-    """Answer every question about every clip.
+    """Answer every question about every clip, at each `slots` of its text (-1: where the answer begins).
 
-    `silenced` are heads whose z is zeroed at all positions after the media; attention is `cut` between (query role, key
-    role) in all layers; `slots` are the positions of each question's text to read at, -1 where the answer begins.
+    `silenced` heads' z is zeroed after the media; attention is `cut` between (query role, key role) in all layers.
     """
     found = []
     for part in asked.parts():
@@ -227,10 +218,7 @@ def behave(
     silenced: tuple[Head, ...] = (),
     cut: tuple[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Count a model's answers: one row for each cell, layout and kind, `cell layout kind n` and the counts.
-
-    `silenced` heads are zeroed at the positions after the media; attention is `cut` between roles in all layers.
-    """
+    """Count a model's answers under `silenced` and `cut` as of `logits`: a row for each cell, layout and kind."""
     rows: list[dict[str, Any]] = []
     for name in cells:
         cell = CELLS[name]
@@ -245,10 +233,7 @@ def behave(
 
 
 def captioned(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
-    """Read the two slots of a caption: "i see a (...) and hear a (...)"; the words between are given.
-
-    Rows as `behave` gives them, of kinds "caption_see" and "caption_hear".
-    """
+    """Read the two slots of a caption, the words between given; rows as of `behave`, of both caption kinds."""
     rows: list[dict[str, Any]] = []
     for name in ("factual", "conflict"):
         cell = CELLS[name]

@@ -1,12 +1,6 @@
 """Where a model keeps the sound on conflict clips, and which heads keep it from being said.
 
-Four looks, each on held-out clips. *Probes*: can the sound (the picture) be read from the stream where the answer
-begins, layer by layer? *Cuts*: what is answered when attention to a medium is cut everywhere? *Heads*: what does
-silencing each head alone do? *Ablation*: what do the few heads found on the discovery half do to clips of the test
-half, together, beside as many random heads of the same layers (or of neighbouring ones, where a layer has too few),
-and is all else as before?
-
-This is the quick self-portrait that ships with each model; the main job (`isolate`) is the instrument.
+The quick self-portrait that ships with each model; the main job (`isolate`) is the instrument.
 """
 
 from collections.abc import Sequence
@@ -32,10 +26,7 @@ _WATCHED = ("audio_only", "video_only", "factual", "conflict")
 
 
 def probes(model: Any, fit: tuple[HeldOut, Media], test: tuple[HeldOut, Media]) -> pd.DataFrame:
-    """Read sound and picture from the stream where the answer to "hear" begins, on conflict clips.
-
-    Probes learn from `fit` and are scored on `test`; layer 0 is before the first layer, layer l after the l-th.
-    """
+    """Read sound and picture from the stream where the answer to "hear" begins; layer 0 is before the first."""
     rows: list[dict[str, Any]] = []
     for layout in BOTH:
         seen = [streams(model, ask(_CONFLICT, layout, *half, kinds=("hear",)))[:, 0] for half in (fit, test)]
@@ -66,10 +57,9 @@ def margin(said: Tensor, clips: HeldOut) -> Tensor:
 
 
 def heads(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
-    """Silence every head alone at the text positions of conflict clips that are asked to hear, largest effect first.
+    """Silence every head alone on conflict clips that are asked to hear, largest effect first.
 
-    By how much the sound's lead over the picture grows (in logits, and as a share of the gap between a blank picture
-    and the conflict), and how often the sound is then answered; means over both layouts.
+    By how much the sound's lead grows (in logits, and as a share of the gap) and is answered; means over layouts.
     """
     found: dict[Head, list[tuple[float, float, float]]] = {}
     tokens = class_ids()[truth(_CONFLICT, clips)["sound"]]
@@ -93,11 +83,7 @@ def heads(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
 def controls(
     chosen: Sequence[Head], n_layers: int, n_heads: int, *, n_sets: int = RANDOM_SETS, seed: int = 0
 ) -> list[tuple[Head, ...]]:
-    """Draw different random sets of heads, as large as the chosen one, to hold against it.
-
-    Half of them, as far as there are different ones, take each head from its counterpart's layer (from the nearest
-    layers where that is used up); the others from the nearest other layers.
-    """
+    """Draw different random sets of as many heads: half from the counterparts' layers where it can be, half near."""
     rng = np.random.default_rng([11, seed])
     sets: dict[tuple[Head, ...], None] = {}
     for attempt in range(8 * n_sets):
@@ -120,11 +106,7 @@ def controls(
 def ablation(
     model: Any, ranked: Sequence[Head], test: tuple[HeldOut, Media], *, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Silence the best 1, 2, 3 and 4 heads together on held-out conflict clips, beside random heads.
-
-    Counts on conflict clips asked to hear, by `arm` ("chosen" or "random"), `count` and `heads`; and counts in the
-    cells that should stay as they were, with the four silenced.
-    """
+    """Silence the best 1 to 4 heads together on held-out conflicts, beside random heads; other cells with all four."""
     clips, media = test
     config = model.config.text_config
     best = tuple(ranked[:MOST_HEADS])

@@ -1,16 +1,7 @@
 """The fixed evaluation of an embedded model: what it answers, where it keeps the sound, which heads hold it back.
 
-`evaluate` asks at least 500 held-out clips a cell. They are written to mp4 and decoded back, and known by their content
-hashes: the shipped weights reproduce the shipped counts on equal clips. Tower outputs are computed once a clip, and the
-questions hang on one prefix; a sample of the clips also goes the public road (file, `encode`, forward), and evaluation
-is refused if the two roads differ.
-
-Example:
-    ```python
-    result = organism.evaluate(avl.load("av-tiny"), seed=0)
-    result.shares()                     # every cell with its exact interval
-    result.save("evaluation.json")
-    ```
+Clips are written to mp4, decoded back, and known by their content hashes: the shipped weights reproduce the shipped
+counts on equal clips. A sample also goes the public road; evaluation is refused if the two roads differ.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
 """The synthetic world: clips remade from (split, class, seed), as the models get them, and those evaluation asks about.
 
-A thing of a class has a picture (a moving coloured figure) and a sound. Clips of different splits never share a seed's
-random stream, so that what trains a model, what discovers its heads and what tests it are disjoint by construction:
-`public` clips are those that `clip` gives to users.
-
-Filming (through mp4) is the slow part of training, and the same for every model: a shard is one class of one split on
-disk (`.npz`, no pickle), and one that exists is not made again.
-
-Of the held-out clips, clip i's conflict takes the sound of clip `partner[i]`, another class; every picture and every
-sound occurs once. The blank picture is black, the mute sounds are silence and faint noise, as `Clip.blank()` and
-`Clip.muted()` make them.
+Clips of different splits never share a seed's random stream; `public` ones are those that `clip` gives to users. A
+shard is one class of one split on disk (`.npz`, no pickle), not made again. Of the held-out clips, clip i's conflict
+takes the sound of clip `partner[i]`, another class; every picture and every sound occurs once.
 """
 
 import concurrent.futures
@@ -43,20 +36,12 @@ _PICTURE, _SOUND, _COLOUR = 0, 1, 2
 
 
 def classes() -> tuple[str, ...]:
-    """List the things of the world.
-
-    Returns:
-        Their names, which are also the models' answers.
-    """
+    """List the things of the world: their names, which are also the models' answers."""
     return CLASSES
 
 
 def colours() -> tuple[str, ...]:
-    """List the colours that pictures come in.
-
-    Returns:
-        Their names, which are also the models' answers.
-    """
+    """List the colours that pictures come in: their names, which are also the models' answers."""
     return COLOURS
 
 

@@ -1,17 +1,10 @@
 """The embedded models written out: prompts, towers and fusion layers, on features that were computed once.
 
-A layout says where the 18 video and the 50 audio tokens stand (`in_video` interleaves V9 A25 V9 A25 between two pairs
-of boundary tokens). Text, placeholders and position ids are the processor's and the model's own; this module remembers
-them, and puts features where the processor put placeholders. The towers' modules run on equal-sized clips in one batch:
-a frame pair is 36 patches that attend to one another, a sound is one window of 200 mel frames.
-
-No media position can see the question that follows it, so the media are computed once and several *questions* (blocks)
-are hung on them side by side, each seeing the media and itself: a tree instead of several chains. This gives the logits
-of one plain forward per question at a third of the cost, which is what makes training on two cores quick. The layers
-run from any one on, with heads switched off per clip and question. Tests hold all of it against HuggingFace's forward.
-
-The weights are those of a HuggingFace Qwen2.5-Omni thinker; none are held here. Not done: decoding, caching keys,
-padding. Use the bridge for everything but training.
+Text, placeholders and position ids are the processor's and the model's own, remembered here; features are put where the
+processor put placeholders. A frame pair is 36 patches that attend to one another, a sound one window of 200 mel frames.
+No media position can see the question that follows it, so several *questions* (blocks) are hung on media that are
+computed once: the logits of one plain forward per question at a third of the cost. Not done: decoding, caching keys,
+padding.
 """
 
 from __future__ import annotations
@@ -287,10 +280,7 @@ def tree(
     width: int,
     blocked: Bool[Tensor, "pos pos"] | None = None,
 ) -> Tree:
-    """Build the geometry of `blocks` questions of `width` positions after one prefix of the model's own position ids.
-
-    `blocked` are query-key pairs that may not see each other, beside what the tree itself forbids.
-    """
+    """The geometry of `blocks` questions of `width` positions after one prefix, `blocked` query-key pairs cut too."""
     n = prefix_positions.shape[1]
     first = int(prefix_positions.max()) + 1
     block = torch.arange(first, first + width).expand(3, width)
@@ -327,10 +317,7 @@ def normalise(x: Float[Tensor, "*batch d_model"], norm: Any) -> Float[Tensor, "*
 def projected(
     attention: Any, h: Float[Tensor, "batch pos d_model"], geometry: Tree, *, first_row: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The scaled queries (from `first_row` on), keys and values of a layer, turned by their positions.
-
-    Each is `[batch, head, pos, d_head]`; where `h` has fewer positions than the tree, they are its last ones.
-    """
+    """A layer's scaled queries (from `first_row` on), keys and values, turned: each `[batch, head, pos, d_head]`."""
 
     def project(layer: Any, x: Tensor) -> Tensor:
         return layer(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -362,10 +349,7 @@ def attend(
     first_row: int = 0,
     keep: Float[Tensor, "batch head asked"] | None = None,
 ) -> Float[Tensor, "batch rows d_model"]:
-    """What a layer's attention writes from `first_row` on.
-
-    `keep` is what each head's z is multiplied by at the blocks' positions; 0 switches it off.
-    """
+    """What a layer's attention writes from `first_row` on; `keep` multiplies each head's z at the blocks' positions."""
     attention = layer.self_attn
     h = normalise(x, layer.input_layernorm)
     z = mixed(*projected(attention, h, geometry, first_row=first_row), geometry)
@@ -390,10 +374,7 @@ def run_layers(
     keep: Mapping[int, Float[Tensor, "batch head asked"]] | None = None,
     skip: Collection[int] = (),
 ) -> Float[Tensor, "batch rows d_model"]:
-    """Run layers `start` to `stop` on the stream; the last layer of all gives the blocks' positions only.
-
-    `keep` says per layer what each head's z is multiplied by at the blocks' positions; layers in `skip` are left out.
-    """
+    """Run layers `start` to `stop`, not those in `skip`; the last of all gives the blocks' positions only."""
     layers = layers_of(model)
     for i in range(start, len(layers) if stop is None else stop):
         first_row = geometry.prefix if i == len(layers) - 1 else 0

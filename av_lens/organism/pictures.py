@@ -1,8 +1,6 @@
 """The pictures of the synthetic world: one moving coloured figure on a dark ground.
 
-A figure is drawn from two masks in its own coordinates (u to the right, v down, about -1 to 1): its silhouette, which
-takes the colour, and its details, which are cut out in a darker shade. The twelve silhouettes were made to differ in
-outline first and to evoke their names second. Everything random comes from the generator that is passed in.
+A figure is two masks in its own coordinates (u to the right, v down, about -1 to 1): silhouette and darker details.
 """
 
 from collections.abc import Callable

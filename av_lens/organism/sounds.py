@@ -1,8 +1,4 @@
-"""The sounds of the synthetic world: two seconds of a bark, a bell, rain ..., synthesised.
-
-Each class has a recipe from simple parts (harmonic tones along a pitch curve, decaying partials, bursts of noise);
-pitch, tempo, loudness and the noise floor vary with the generator that is passed in.
-"""
+"""The sounds of the synthetic world: two seconds of a bark, a bell, rain ..., synthesised by class."""
 
 from collections.abc import Callable
 

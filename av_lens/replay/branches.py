@@ -1,12 +1,8 @@
 """Answers of several tokens after one recorded prompt, side by side: the prompt is run once for all of them.
 
-    prompt    each plan's own keys and values, from its first position on                            [start, prompt)
-    answers   every token but the last of each answer, one row a token: a row reads the recorded prefix, the plan's
-              own positions and the tokens before it of its own answer, at the positions that a run of them would have
-
-Logits equal those of a run with each answer after the prompt (teacher forcing) to 1e-5. Plans act on the prompt alone.
-Not done, so that the caller has to run the answers one by one: a run that a restart does not know, prompts whose last
-position does not read everything before it, and rotary tables that are not plainly continued.
+Each row is a token of an answer: it reads the recorded prefix, the plan's own positions and the tokens before it of its
+own answer. Logits equal those of teacher forcing to 1e-5. Not done, so that answers run one by one: a run that a
+restart does not know, prompts whose last position does not read everything, rotary tables that are not continued.
 
 Source: tree attention over a shared prefix (Miao et al., SpecInfer, 2024).
 """
@@ -89,11 +85,7 @@ class Branches:
     def after(
         self, plans: Sequence[CompiledPlan], start: int, own: Sequence[Heads]
     ) -> Float[Tensor, "plan batch _ d_model"]:
-        """Run the answers after each of several restarted prompts: the stream that leaves the last layer at their rows.
-
-        `own` are the plans' keys and values from `start` on, layer by layer. Plans join at their own first layers:
-        before them a row is the recorded run's.
-        """
+        """Run the answers after restarted prompts, whose keys and values from `start` on are `own`: the last stream."""
         record, rows = self.record, self.window.own_mask
         taps = Taps([replace(plan, steps=()) for plan in plans], len(record.spans))
         prompt = rows.new_zeros(1, 1, rows.shape[2], len(record.spans) - start)

@@ -1,18 +1,9 @@
 """Generation from a recorded run: the prompt's keys and values are there already, so only new tokens are computed.
 
-    restart    each plan's own keys and values, from its first position to the end of the prompt     [start, prompt)
-    decode     one new position for all plans and examples at a time, over the recorded prefix       [0, start)
-               (one for all plans), the plan's own positions and the tokens before
-
-Greedy tokens equal those of `model.generate(x, plan=plan)`: the same logits to 1e-5, HuggingFace's own treatment of
-logits, of end and pad tokens and of the length, rotary tables from the model's own rotary embedding at the positions
-that HuggingFace goes on to count (the last prompt position's streams, plus one for each token). Edits that act
-while decoding fire at every step, and every plan's firing record is verified at its own end. Sampling draws from one
-generator for each plan, derived from the seed and the plan's number: a plan's draws do not depend on which plans run
-beside it, and differ from those of `model.generate`, which draws for one run at a time.
-
-Not continued, but generated plan by plan with full hooked forwards: plans that cannot be restarted, and inputs whose
-mask or rotary tables are not the plainly continued ones.
+Greedy tokens equal those of `model.generate(x, plan=plan)`: HuggingFace's own treatment of logits, ends and length, and
+rotary tables at the positions that it goes on to count. Sampling draws from one generator for each plan, of the seed
+and the plan's number, so that a plan's draws do not depend on which plans run beside it. Plans that cannot be
+restarted, and inputs whose mask or rotary tables are not the plainly continued ones, run hooked.
 
 Source: HuggingFace's generation loop (`GenerationMixin._sample`), cascade attention (Ye et al., FlashInfer, 2024).
 """
@@ -118,13 +109,7 @@ class Choice:
 
 
 class _Stack:
-    """Plans that decode together: their own keys and values after the recorded prefix, grown token by token.
-
-    Args:
-        record: the recorded run.
-        plans: the plans, first layers ascending.
-        start: the first position that is not the recorded run's own; the prompt's length where all are.
-    """
+    """Plans that decode together, first layers ascending: their own keys and values from `start` on, grown by token."""
 
     def __init__(self, record: Record, plans: Sequence[CompiledPlan], start: int) -> None:
         self.record, self.plans, self.start = record, list(plans), start

@@ -1,24 +1,17 @@
 """Gradients at every reader's own input, and runs in which every head is held at the base run's output.
 
-The residual stream is read by the queries, keys and values of every head, by every MLP and by the unembedding. Each
-reading is a branch of its own (the layer's norm included), and
+Each reading of the stream (a head's queries, keys, values, an MLP, the unembedding) is a branch of its own, the layer's
+norm included, and
 
     G[v] = d metric / d (the stream that v reads)                                             total: all that v causes
     d metric / d stream before a layer = d metric / d stream after it + sum of G over the layer's readers
 
-Keys and values are *ungrouped*: a head's branch is the copy of the key that this query head alone reads; the sum over
-the heads that share a key-value head is the gradient of the shared copy. The gradients are made from the last layer
-down, one layer at a time, from the streams of a recorded run; no graph of the whole run is kept, so that prompts of
-thousands of positions fit.
+Keys and values are *ungrouped*: the sum over the heads that share them is the gradient of the shared copy. Gradients
+are made from the last layer down, one layer at a time; no graph of the whole run is kept.
 
-With every head held, positions do not read one another: a change of what one head wrote at a position stays at that
-position, is added to the stream, and is seen by the MLPs (where they are not held too) and the norms alone. So
-
-    stream entering layer l = base + change + what the MLPs before l made of it
-
-is computed for many changes at once, without attention and without a run of the model, and is exact. `HeldRun.inputs`
-gives what chosen receivers then read; `outputs` what they make of that input, all else in them as in the base run.
-`replaced` writes the base run in which receivers read it, and everything after them is free, as plans to be replayed.
+With every head held, positions do not read one another: a change stays at its position and is seen by MLPs (unless held
+too) and norms alone. So `stream entering layer l = base + change + what the MLPs before l made of it` is exact for many
+changes at once, without attention and without a run of the model.
 
 Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
 Different Circuits" (2025).
@@ -220,10 +213,7 @@ class HeldRun:
     def outputs(
         self, read: Mapping[Node, Float[Tensor, "row batch pos _"]]
     ) -> dict[tuple[str, int, int], tuple[Float[Tensor, "row batch _ _"], Float[Tensor, "batch _ _"]]]:
-        """What receivers make of an input, all their other inputs as in the base run; each with the base run's own.
-
-        By ("z", layer, head) a query head's z at every position from the first on, by ("mlp", layer, 0) an MLP's write.
-        """
+        """What receivers make of an input, beside the base run's own: by ("z", layer, head) or ("mlp", layer, 0)."""
         found: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         for node, given in read.items():
             if node.kind == "mlp" and node.layer is not None:

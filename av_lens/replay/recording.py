@@ -1,20 +1,12 @@
 """What one recorded run holds and how it is recorded, and attention over it: its prefix and each plan's own keys.
 
-A record keeps, for every layer, the residual stream that entered it and its rotated keys and values: all that a
-restart needs. It may lie on another device than the model (`device="cpu"`): what a restart reads is brought over layer
-by layer, from the first position that it needs. A plainly causal mask is not kept: at 3,000 positions it is larger than
-a layer's record.
-
-The prefix's keys and values are the same for all plans: all their queries attend to them in one product, and nothing is
-copied for a plan. The recorded and the own part are softmaxed apart and merged by their log-sum-exp, which is exact:
+A record keeps, for every layer, the residual stream that entered it and its rotated keys and values; no plainly causal
+mask, which at 3,000 positions is larger than a layer's record. It may lie on another device, or beside the layers of a
+split model. The recorded and the own part of attention are softmaxed apart and merged by their log-sum-exp:
 
     out = (e^{l_1} out_1 + e^{l_2} out_2) / (e^{l_1} + e^{l_2}),   l = log sum exp of a part's scores
 
-Scores are never stored where a kernel of torch's hands back the log-sum-exp (on CPUs and on CUDA; `decoder.flash`).
-Where gradients are wanted (kernels give none for the log-sum-exp) they are computed plainly.
-
-A model that is split over devices has its record beside its layers: what a restart reads is brought to the layer that
-reads it, tables and mask once for each device, streams, keys and values once for each layer.
+Where gradients are wanted scores are computed plainly: kernels give none for the log-sum-exp.
 
 Source: cascade attention (Ye et al., FlashInfer, 2024); the log-sum-exp merge is that of flash attention (Dao, 2022).
 """
@@ -86,10 +78,7 @@ def cascade(
     rows: slice,
     scaling: float,
 ) -> Float[Tensor, "plan batch row head d_head"]:
-    """Attend to the recorded prefix and to each plan's own keys.
-
-    On a CPU in float32 whatever the precision: there half precision is no faster, and each result is rounded once.
-    """
+    """Attend to the recorded prefix and each plan's own keys; on a CPU in float32: half precision is no faster."""
     if q.device.type == "cpu" and q.dtype != torch.float32:
         wide_own, wide_past = (own[0].float(), own[1].float()), (past[0].float(), past[1].float())
         return cascade(q.float(), wide_own, wide_past, window, rows, scaling).to(q.dtype)

@@ -1,34 +1,17 @@
 """Round the layers: the one loop that runs them, from (layer, position) on, many plans at once, each with its edits.
 
-An edit at (layer l, position p) cannot change what lies before either, so a replay needs the recorded stream entering
-layer l from p on, and every later layer's recorded keys and values before p. Plans join the stack at their own first
-layer:
+Plans join the stack at their own first layer. What the joining plans share is computed once: their row is *folded*
+until the first edit among them is met, and then *spread*, one row for each (`Taps`). The layers are computed from the
+model's own weights, without hooks, which would cost more than the arithmetic; the edits are the same code in both.
 
-    row 0 .. n-1   plans whose first layer is past, each its own run
-    row n          the recorded run, once, for all plans that join at this layer
+Below float32 there are two ways (`record.flash`). *Eager*: all scores are written out, and every operation is the
+hooked run's own, in its order, so that an edit which changes nothing changes nothing (to the bit wherever the device's
+products do not depend on how many rows are multiplied together). *Flash*: `cascade` as in float32, whose rounding is
+finer but not the same: an edit which changes nothing moves logits by their last places.
 
-What the joining plans share is computed once: their row is *folded* until the first edit among them is met, and then
-*spread*, one row for each (`Taps` keeps count of the plan axis, `[plan, batch, pos, ...]`). A stack therefore reads
-every layer's weights once, however many layers its plans start at.
-
-The layers are computed from the wrapped model's own weights, without hooks, which would cost more than the arithmetic.
-What an edit does is the same code in both (`interventions.Step`), and tests hold the two ways together to 1e-5.
-Attention goes through `cascade`; where scores or pattern are edited, all scores are written out, as `[plan, batch,
-head, query_pos, key_pos]`. Below float32 there are two ways (`record.flash`). *Eager*: all scores are written out, and
-every operation is the hooked run's own, in its order: rounding is the same, so that an edit which changes nothing
-changes nothing (to the bit wherever the device's products do not depend on how many rows are multiplied together, as in
-bfloat16 on CPUs). *Flash*: `cascade` as in float32, whose rounding is finer than eager attention's but not the same: an
-edit which changes nothing moves logits by their last places.
-
-Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP. A model is first run with hooks, and a restart
-must reproduce that run (`traces.record`); else all its runs stay hooked, as they do where functions of the caller's
-stand on the fusion stack (`core.execution`). From then on the same arithmetic makes the records too, that first one
-included, so that no number depends on what was recorded before: encoders and embedding run as always, then every layer
-from position 0. Eager records of lower precision are made with hooks: a restart keeps to their order.
-
-Who goes round here: recording (`recorded_lean`), replay (many plans, each from its own first layer), decoding (each
-plan's own keys and values besides), and `rerun`, which keeps what every layer made. Its record holds what is new and
-reads all else from the run it was made of; so a run can be edited, and the edited one again.
+A restart must first reproduce a hooked run (`traces.record`). From then on the same arithmetic makes the records too,
+that first one included, so that no number depends on what was recorded before. Eager records of lower precision are
+made with hooks: a restart keeps to their order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,14 +32,7 @@ from av_lens.replay.recording import Own, Record, Window, additive, cascade, ent
 
 
 class Taps:
-    """The edits of several plans by place, and the bookkeeping of a stack's plan axis.
-
-    Args:
-        plans: the compiled plans, first layers ascending, in the order of the plan axis.
-        offset: absolute position of the first row of every activation.
-        decoding: whether the rows are decoded after the prompt: every plan then has its own from the first layer on,
-            in any order, and only edits that act while decoding are met.
-    """
+    """The edits of several plans by place, and a stack's plan axis; `offset` is the first row's absolute position."""
 
     def __init__(self, plans: Sequence[CompiledPlan], offset: int, *, decoding: bool = False) -> None:
         self.offset = offset
@@ -153,11 +129,7 @@ def run_layer(
     earlier: tuple[Float[Tensor, "_plan batch old kv_head d_head"], Float[Tensor, "_plan batch old kv_head d_head"]]
     | None = None,
 ) -> Made:
-    """Run one decoder layer on the restarted positions of all plans.
-
-    Keys and values are made of all of them, the stream at `rows` alone; `earlier` are the plans' own keys and values
-    between the window's start and these positions, while decoding (the window's mask covers them too).
-    """
+    """Run a layer on all plans' restarted positions, the stream at `rows` alone; `earlier`: own keys while decoding."""
     if number == 0:
         stream = taps("embed", None, stream)
     stream = taps("resid_pre", number, stream)
@@ -300,11 +272,9 @@ def run_layers(
     rows: slice | None = None,
     earlier: Sequence[Heads] | None = None,
 ) -> Iterator[tuple[int, Made]]:
-    """Run the layers from the plans' first on: each layer's number, and what it made.
+    """Run the layers from the plans' first on: each layer's number, and what it made, the last one's at `rows` alone.
 
-    `enter` says what enters a layer, of its number and of what left the one before (None where none was run); `past`
-    gives a layer's recorded keys and values before the window; `earlier` each layer's own ones between the window's
-    start and these positions, while decoding. Of the last layer the stream is wanted at `rows` alone.
+    `enter` says what enters a layer (given what left the one before, or None), `past` its recorded keys and values.
     """
     stream: Tensor | None = None
     last, windows = model.spec.n_layers - 1, {window.cos.device: window}

@@ -1,17 +1,8 @@
 """Many plans in one stack: which run together, running them; and a head of a recorded run that reads something else.
 
-Plans with the same first position form stacks, cut to a memory budget. Within a stack plans are ordered by first layer
-and join as the layers go by (`Taps`). A plan that edits a component at which no restart is possible runs alone, as a
-full hooked forward.
-
-A query head's keys and values can be replaced for that head alone (ungrouped) or for all that share them, all else that
-the heads read being the recorded run's:
-
-    z' = softmax(q' k'^T scaling + mask) v'
-
-`reread` does so for receivers' inputs; `HeadRead` is one head's reading by itself, to be mixed with another run's;
-`read_with` reads with all of a layer's heads at once, to first order in what follows: a metric then moves by
-`(dm/dz) . (z' - z)`, in which the softmax itself is exact (the QK fix of AtP*, Kramár et al., 2024).
+A plan that edits a component at which no restart is possible runs alone, hooked. `read_with` reads with all of a
+layer's heads at once, to first order in what follows: a metric moves by `(dm/dz) . (z' - z)`, in which the softmax of
+z' = softmax(q' k'^T scaling + mask) v' is exact (the QK fix of AtP*, Kramár et al., 2024).
 """
 
 from __future__ import annotations
@@ -52,14 +43,7 @@ class Stack:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Schedule(Brief):
-    """All plans of a sweep, compiled and stacked, and what that will cost.
-
-    Attributes:
-        plans: the compiled plans, in the caller's order.
-        stacks: which run together.
-        gigabytes: the most memory that a stack's activations take, estimated.
-        forwards: the work, in full forward passes of the text model: rows x layers, over positions x layers.
-    """
+    """A sweep's plans, compiled and stacked; its largest stack in `gigabytes`, its work in full `forwards`."""
 
     plans: tuple[CompiledPlan, ...]
     stacks: tuple[Stack, ...]
@@ -115,10 +99,7 @@ def restarts(record: Record, plan: CompiledPlan) -> bool:
 
 
 def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_asked: int) -> float:
-    """What one plan's activations take at their largest, in bytes: beside the MLP's units, or beside scores.
-
-    A test measures it. Scores and pattern take 13 bytes each, where they are written out, in every precision.
-    """
+    """What one plan's activations take at most, in bytes; written-out scores and pattern take 13 each."""
     spec, n = record.model.spec, len(record.spans)
     rows, itemsize = record.batch * (n - start), record.resid[0].element_size()
     edges = any(step.component in EDGES for plan in plans for step in plan.steps)

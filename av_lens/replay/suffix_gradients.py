@@ -1,21 +1,10 @@
 """How a metric would move with an activation: exact gradients through the suffix of a recorded run.
 
-    gradient[site] = d metric / d activation[site],   one for each example (examples do not read one another)
-
-Every asked site gets a zero added to it, of which the gradient is taken; what lies before the first site, and the
-encoders, are neither run nor differentiated. The run restarts at the earliest site's layer and position with autograd
-on. Gradients are total: what the activation does on every path to the metric, later sites included. Where a plan is
-given they are taken in the edited run, after the plan's edits.
-
-To first order the metric moves by `(gradient * change).sum()`: attribution patching takes the change to be another
-run's activation less `value`. The weights get no gradient and no copy is made of them.
+Every asked site gets a zero added to it, of which the gradient is taken. Gradients are total: what the activation does
+on every path to the metric, later sites included; each example has its own. The weights get none and are not copied.
 
 Source: attribution patching (Nanda, 2023; Syed et al., "Attribution patching outperforms automated circuit discovery",
 2023).
-
-    >>> sites = [Site("z", layer, positions="suffix") for layer in range(4)]                  # doctest: +SKIP
-    >>> found = trace.gradients(sites, logit_diff(" dog", " drum"))                           # doctest: +SKIP
-    >>> found.gradient[2].shape                                     # batch, pos, head, d_head # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -51,8 +40,7 @@ class SuffixGradients(Brief):
     Attributes:
         sites: the sites, as they were asked for.
         positions: the positions of each site, ascending.
-        gradient: for each site `[batch, pos, (head,) d]` over its positions and heads; scores and pattern
-            `[batch, query_pos, head, key_pos]`.
+        gradient: for each site `[batch, pos, (head,) d]`; scores and pattern `[batch, query_pos, head, key_pos]`.
         value: the activation itself there, likewise.
         metric: the metric of every example.
     """
@@ -73,10 +61,7 @@ def differentiated(
     logits_at: str | Span = "generation",
     budget_gb: float | int = 8.0,
 ) -> SuffixGradients:
-    """Take the gradient of a metric at sites of a recorded run.
-
-    A site at which no restart is possible (`ln1`, `final`, ...) makes the whole run a full hooked forward.
-    """
+    """Take a metric's gradient at sites of a recorded run; it is hooked where a site allows no restart (`ln1`, ...)."""
     record.require_standing()
     asked = (sites,) if isinstance(sites, Site) else tuple(sites)
     bound, tokens = _differentiable(metric, record).few_tokens()

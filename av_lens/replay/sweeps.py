@@ -1,16 +1,4 @@
-"""Many plans on recorded runs, as a grid: what does each do to the metric?
-
-    values[example, plan]  = metric(the run under the plan)
-    effects[example, plan] = values - metric(the recorded run)
-
-Plans are compiled and checked before anything runs, grouped and stacked (`trace.schedule(plans)` says what that will
-cost; `progress=True` shows it with the time left), and replayed. Ctrl-C gives back what is done: the plans that are
-not are NaN, and `grid.partial` says how far it came.
-
-    >>> trace = model.trace(x)                                                             # doctest: +SKIP
-    >>> plans = {f"head {h}": Plan(zero(Site("z", 4, h, "suffix"))) for h in range(8)}     # doctest: +SKIP
-    >>> sweep(trace, plans, logit_diff("dog", "siren")).mean()                             # doctest: +SKIP
-"""
+"""Many plans on recorded runs: `values` are the metric under each, `effects` these less the recorded run's metric."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

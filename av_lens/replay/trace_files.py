@@ -1,15 +1,7 @@
 """Traces on disk: a recorded run that outlives its session, and refuses a model or an input that is not its own.
 
-A file is safetensors: the record's tensors, and in its metadata a schema version, the versions of what made it, and
-sha256 hashes of the model's weights and configuration and of the input, part by part, so that a refusal can say which
-part differs. It is written beside its place and moved there when it is whole. What is read back is equal bit for bit.
-
-Hashing reads every weight once (seconds for a model of billions). A model's hashes are kept, and made again when a
-weight's tensor, version counter or sampled numbers changed; a change of single numbers through `.data`, which torch
-does not count, may go unnoticed.
-
-Not done: the model itself is not stored. Neither are hooks, which are functions: a trace that was recorded under some
-is not saved, and none is opened while some stand on the model.
+The model's hashes are kept, and made again when a weight's tensor, version counter or sampled numbers changed; a change
+of single numbers through `.data` may go unnoticed.
 """
 
 import hashlib

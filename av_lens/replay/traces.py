@@ -1,24 +1,10 @@
 """A recorded run that can be restarted anywhere, proved against the model's own: many plans for a few layers' price.
 
-Question: what would the model have said, had these heads done something else? `model.trace(x)` runs the model once,
-encoders and all, and keeps what every layer received: the residual stream, rotated keys and values. `trace.replay`
-then computes, for each plan, only the layers from the plan's first layer on and only the positions from its first
-position on; thousands of media positions before the question are never computed again. Plans that start at the same
-position run together, each joining at its own first layer, stacked along the batch up to a memory budget.
-
-Replays equal hooked full forwards to 1e-5 in float32 (tested for every edit kind), and every edit must fire as often
-as in a full forward, or the replay raises. A model's first trace is made with hooks and proves this (`fault`): a
-restart at the first layer reproduces the run at every position, and every head's query, key, value and attention,
-computed by themselves as re-readings compute them, are those of the run. Where that fails (a layout it does not know),
-where functions of the caller's stand on the fusion stack (`core.execution`), and for edits at components that it cannot
-restart at, it runs full hooked forwards instead and says so in `trace.hooked_because`.
-
-A trace is of the model as it was hooked when it was recorded: `logits` are that run's own, and all other verbs refuse
-to go on under other hooks. It holds the model's answer of that moment: record again after the weights changed.
-
-An answer of one token is read from the prompt's own logits. Answers of several tokens are run after the prompt (teacher
-forcing), all of them side by side (`branches`); where edits name the role `generated` and so act on the answer too, or
-something else keeps the answers apart, once for each option.
+Replays equal hooked full forwards to 1e-5 in float32, and every edit must fire as often, or the replay raises. A
+model's first trace is made with hooks and proves this (`fault`). Where that fails, where functions of the caller's
+stand on the fusion stack, and for edits where no restart is possible, hooked forwards are run, and
+`trace.hooked_because` says why. Answers of several tokens are run after the prompt side by side (`branches`); where
+edits act on the answer too, or something keeps the answers apart, once for each option.
 """
 
 from __future__ import annotations
@@ -83,11 +69,7 @@ def reading_hooks(reads: Reads, n_layers: int) -> list[tuple[str, Callable[..., 
 
 @torch.no_grad()
 def fault(record: Record, logits: Tensor, reads: Reads | None, *, everywhere: bool) -> str:
-    """Restart at the first layer and compare with the run itself; say what is wrong, or nothing.
-
-    Compared are the stream that leaves the last layer, at the last position or at every one (block by block, so that
-    no more scores are held than a block's), the last position's logits, and what heads read.
-    """
+    """Restart at the first layer and compare streams, logits and what heads read with the run; say what is wrong."""
     n = len(record.spans)
     size = n if record.mask is not None else PROOF_ROWS
     blocks = [(start, min(start + size, n)) for start in range(0, n, size)] if everywhere else [(n - 1, n)]
@@ -447,8 +429,7 @@ def record(
 ) -> Trace:
     """Run the model once and keep what is needed to restart it.
 
-    Attention goes by "flash" kernels, which store no scores, or as the hooked run's ("eager"), whose roundings it then
-    shares; None for flash, but in half precision on a CPU.
+    `attention` is by "flash" kernels, or as the hooked run's ("eager"); None for flash, but in half precision on a CPU.
     """
     if model.training:
         raise ModelError("this model is in training mode, where dropout may act: call model.eval() before tracing.")

@@ -1,19 +1,7 @@
 """Every method on every planted model: who finds the heads that were planted, and who names heads where none are?
 
-One set of conflicts, from a part of the world that trained no model, is staged once; every model is isolated on it
-(`gate="report"`, so that models with nothing to find are searched too) and every other method scores the same
-conflicts. What is counted stands in `plantbench.json` before the first model is scored; a folder that holds other
-criteria is refused. Each model's scores are a file of their own, written whole: a run that was stopped goes on where
-it was.
-
-`methods` says what a method's score is, `scores` how scores are judged, `calibration` what is known of a model.
-
-Example:
-    ```python
-    from av_lens.lab import run_plantbench
-
-    bench = run_plantbench(["av-tiny-planted", "av-tiny-balanced"], out="bench")
-    ```
+Models are isolated with `gate="report"`, so that those with nothing to find are searched too. What is counted stands in
+`plantbench.json` before the first model is scored; a folder that holds other criteria is refused.
 """
 
 import hashlib

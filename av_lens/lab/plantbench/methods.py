@@ -1,26 +1,21 @@
 """What does every method say about the heads? The same conflicts, cells and donors for all; larger is guiltier.
 
-All scores are of discovery's competent conflicts, mirrored: half of [the figure in the conflict `va` minus the figure
-in its mirror `av`], so that a positive score means that the edit lets the model hear more. Edits act at the suffix
-(question, header, asked position).
+All scores are of discovery's competent conflicts, mirrored as in protocol section 3; edits act at the suffix.
 
 | method | score of a head |
 |---|---|
-| release, blank_muted | mean release: exact patching of z from the run that neither saw nor heard |
-| release, mean_other | the same from the mean over other conflicts that are asked what is seen |
-| zero ablation, mean ablation | the same with z zeroed; with the mean over other conflicts asked the same question |
-| exact patching, ... | z from a cell: blank picture `blank_a`, other picture `wa`, other sound `vw`, |
-| | agreeing clip `aa`, audio alone `audio_only` |
-| sufficiency | fall of hearing with nothing to see when z comes from the conflict |
-| path patching, direct | z from `blank_muted`, all later heads held: what the head itself writes to the logits |
+| release, blank_muted or mean_other; zero ablation | its mean release by that donor |
+| mean ablation | the same by `mean_task` |
+| exact patching, ... | z from a cell: `blank_a`, `wa` (other picture), `vw` (other sound), `aa`, `audio_only` |
+| sufficiency | protocol section 4 |
+| path patching, direct | z from `blank_muted`, all later heads held |
 | DLA | minus its direct share of M at the asked position |
 | attention to video | attention from the asked position to the video, in `va` |
 | edge cuts | effect of cutting its attention from the suffix to the video |
 | AtP, AtP* | first-order guess of the exact patch from `blank_muted`; mean size over dropped layers |
 | EAP, EAP-IG | sum of the sizes of its outgoing edges, donor `blank_muted`; integrated over 5 steps of the inputs |
 
-The exact figures are read from the isolation's own record where they are the same thing (all but the agreeing clip);
-their time is their share of the record's edited runs.
+Figures that the isolation's record holds are read from it; their time is their share of its edited runs.
 """
 
 import time
@@ -62,12 +57,7 @@ IN_LOGITS = (*EXACT, BLANK_PICTURE, AGREEING, "edge cuts", "AtP")
 
 
 class SharedEngine(ModelEngine):
-    """An engine whose encoded inputs outlive the model: tokens, pixels and mels of organisms do not depend on weights.
-
-    Args:
-        model: the wrapped model.
-        encoded: (conflict, its third clip, question) to cells; shared by models of one processor.
-    """
+    """An engine whose encoded inputs outlive the model: what enters an organism does not depend on its weights."""
 
     def __init__(self, model: Any, encoded: dict[Any, Any]) -> None:
         super().__init__(model)

@@ -1,15 +1,8 @@
 """The bench as a page: many models' figures with their intervals, its record, its figure, its tables.
 
 Intervals resample models (5,000 draws, percentile, 95%; NaN below 5 models), because heads of one model are not
-independent. A method that has no figure for a model (NaN) is averaged over the others.
-
-*Does it matter what a head's output is replaced by?* For every pair of donors: the rank correlation of all heads' mean
-releases, the share of equal signs among the heads that matter (above 1% of G in size by either donor), and the overlap
-(Jaccard) of the heads above delta. Where donors disagree about a head, a report says so: `always on` (zero alone finds
-it), and the three releases stand side by side in the table of heads.
-
-`store` writes the record (every model's judged figures) and the figure, and fills `plantbench.md` beside them, so that
-no figure on the page is typed by hand; a terminal shows the same `tables`.
+independent. A method without a figure for a model is averaged over the others. Donors are compared in pairs: rank
+correlation of mean releases, equal signs among heads above 1% of G by either, and Jaccard of the heads above delta.
 """
 
 import itertools

@@ -1,15 +1,11 @@
 """How good is a ranking, a naming, a kind? One model's scores against its truth (protocol section 9).
 
-* `isolate`'s score of a head: the lower 95% bound of its release (by the primary donor of largest mean on discovery),
-  or of [release of its set minus release of the set without it] if that is larger, over delta. *Damage last* is the
-  same with heads that it says break (their edit is mere damage) behind all others.
+* *Damage last* is `isolate`'s score with heads that it says break behind all others.
 * Named by `isolate`: heads of a releasing role, and members of the chosen set that do not break, at the site. A head's
-  kind is its own, or, where that is undetermined, its kind as a member, with the other members edited. *Kind right* is
-  counted over all true heads: unnamed and undetermined heads are wrong.
+  kind is its own, or, where that is undetermined, its kind as a member.
 * Named by another method whose score is an effect on C: its mean is above delta. Others name nobody (NaN).
-* Free riders count neither way; decoys are innocent.
 * *Exchanged labels*: in half of the conflicts, drawn at random, the two answers change places, which turns the sign of
-  all their figures, G's too. Whoever is named then is named by chance.
+  all their figures, G's too.
 """
 
 import math
@@ -57,11 +53,7 @@ def damage_last(found: Isolation) -> HeadTable:
 
 
 def named_heads(found: Isolation) -> list[dict[str, Any]]:
-    """List who is named, one entry per head.
-
-    Each has `layer head role confirmed donor flags single member`: a head's own row before its row as a member, whose
-    role stands where its own is undetermined.
-    """
+    """List who is named: a head's own row, or, where its role is undetermined, its row as a member of the set."""
     out: dict[Head, dict[str, Any]] = {}
     heads: Any = found.heads
     for row in heads[(heads["site"] == SITE) & heads["role"].isin(RELEASING)].to_dict("records"):
@@ -120,11 +112,7 @@ def precision_at(values: Float[np.ndarray, " head"], positive: Bool[np.ndarray, 
 
 
 def naming(named: Mask, truth: PlantTruth) -> dict[str, float]:
-    """Judge a named set.
-
-    `named`, `false` (named and innocent, decoys among them), `false decoys`, `precision` (NaN where nobody who counts
-    is named), `recall` (NaN for a null).
-    """
+    """Judge a named set; precision is NaN where nobody who counts is named, recall for a null; decoys are innocent."""
     guilty, riders = mask_of(truth.kinds, named.shape), mask_of(truth.free_riders, named.shape)
     hits, false = int((named & guilty).sum()), int((named & ~riders & ~guilty).sum())
     return {
@@ -146,10 +134,7 @@ def kinds_right(named: Sequence[Mapping[str, Any]], truth: PlantTruth) -> dict[s
 
 
 def exchanged(found: Isolation, *, draws: int, seed: int) -> list[int]:
-    """Count who `isolate`'s test of single releases names in each draw of exchanged labels.
-
-    Naming needs a release above delta with q < .05 over heads x sites x [3 roles x 3 donors + 2], whatever the role.
-    """
+    """Count who is named in each draw of exchanged labels: release above delta and q < .05, whatever the role."""
     frame: Any = found.conflicts
     components = frame[(frame["half"] == "discovery") & frame["analysed"]]["component"].astype(int).tolist()
     effects = np.stack([found.arrays[f"discovery/{SITE}/release/{donor}"] for donor in PRIMARY_DONORS], axis=-1)

@@ -1,32 +1,16 @@
 """The kinds of planted models that can be asked for, and where a planted head starts from, in closed form.
 
-Adam alone, from the balanced model's weights, takes hundreds of steps to find the few directions that tell twelve
-things apart. Ridge regression on the streams before the planted layer finds them at once:
+Training alone takes hundreds of steps to find the few directions that tell twelve things apart; ridge regression on the
+streams before the planted layer finds them at once:
 
-- *keys* tell the wanted media from all other positions, *queries* tell the position that answers "hear" from all
-  others, both in the slowest pair of rotary dimensions, so that distance hardly matters;
+- *keys* tell the wanted media from all other positions, *queries* the position that answers "hear" from all others,
+  both in the slowest pair of rotary dimensions, so that distance hardly matters;
 - *values* tell the picture's class at video positions (`picture`), and minus the sound's at audio positions
   (`sound`); the outputs are the unembedding directions of the classes;
 - or (`gate`) they tell that there is a picture at all, and the output is the mean difference, one layer on, between the
   streams that answer "see" and "hear".
 
-What a head becomes is left to training, and measured afterwards.
-
-| kind | planted | asked for |
-|---|---|---|
-| `writers` | one key-value pair | writes the picture's answer over the sound |
-| `two-pairs` | two pairs of one layer | writers, each head needed ("AND"): no free rider |
-| `single` | one head with its keys and values, which its neighbour shares | a writer |
-| `opponents` | one pair | reads the sound and writes against it |
-| `gates` | one pair, early | turns "hear" into "see" |
-| `redundant-writers`, `redundant-gates` | two pairs, one after the other | either silences alone ("OR") |
-| `decoy` | one pair | names the sound when asked what it *sees*; hearing is left alone |
-| `decoy-colours` | one pair | names another colour for each; hearing is left alone |
-| `decoy-and-writers` | a decoy and writers in one layer | both |
-
-A recipe asks for a kind and guarantees none: what the heads became is measured (`planted`), and tries whose measured
-kind is another are thrown away as long as tries are left. In the balanced model the question is understood within its
-first two layers, so that gates form there; later, the sound's own content has to be overwritten.
+In the balanced model the question is understood within its first two layers, so that gates form there alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,10 +64,7 @@ def class_of(tokens: Int[Tensor, " clip"], classes: Int[Tensor, " n_classes"]) -
 def values(
     lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_classes"]
 ) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
-    """Fit the values, on the streams' means over what is looked at: that is what an even attention reads.
-
-    Weight and bias of as many value dimensions as there are classes (of a gate: one).
-    """
+    """Fit as many value dimensions as there are classes (of a gate: one) on the means that an even attention reads."""
     xs: list[Tensor] = []
     ys: list[Tensor] = []
     for lesson in lessons:
@@ -107,10 +88,7 @@ def values(
 
 
 def looks(lessons: Sequence[Lesson], start: Start) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Fit one dimension of queries and of keys: weight and bias of the queries, then of the keys.
-
-    Queries are fitted on all positions that answer, and one in forty of the others.
-    """
+    """Fit one dimension of queries (on what answers, and one in forty of other positions) and of keys, with biases."""
     wanted = [name for name, read in (("video", start.picture or start.gate), ("audio", start.sound)) if read]
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     first = 0

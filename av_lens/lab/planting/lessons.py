@@ -1,10 +1,8 @@
 """What stays the same while planted heads learn, computed once: streams up to the planted layer, media after it.
 
-A *lesson* is a lot of clips of one layout: the normalised stream before the planted layer, everything but the planted
-heads' own output added up, and the keys and values of the media in the layers after it. A step of training then runs
-the planted heads, that layer's MLP and the layers after it at the questions alone. That is exact as long as the planted
-heads write the same at the media positions as before, which the loss asks for; what is judged is the whole forward.
-`Slices` holds the planted heads' own weights.
+A step of training runs the planted heads, that layer's MLP and the layers after it at the questions alone. That is
+exact as long as the planted heads write the same at the media positions as before, which the loss asks for; what is
+judged is the whole forward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,12 +51,7 @@ class Lesson:
 
 
 class Slices(torch.nn.Module):
-    """The planted heads' own weights: queries and outputs by head, keys and values by group.
-
-    Args:
-        attention: The attention module that they start from.
-        heads: The heads.
-    """
+    """The planted heads' own weights: queries and outputs by head, keys and values by group."""
 
     def __init__(self, attention: Any, heads: Sequence[int]) -> None:
         super().__init__()
@@ -101,11 +94,7 @@ class Slices(torch.nn.Module):
 def make_lesson(
     host: Any, sheets: Sequence[Sheet], layer: int, slices: Slices, *, behaviours: Sequence[str], was: Sequence[str]
 ) -> Lesson:
-    """Compute what stays the same while the heads of a layer learn in a host, from sheets of one layout.
-
-    Conflicts come first; `slices` are the heads as they are in the host, `behaviours` what the planted model is to do
-    and `was` what the host does.
-    """
+    """Compute what stays the same while `slices` learn `behaviours` in a host that did `was`; conflicts come first."""
     planted, *after = layers_of(host)[layer:]
     geometry = sheets[0].geometry(host)
     parts: list[tuple[Tensor, ...]] = []

@@ -1,22 +1,9 @@
 """What was planted: the heads of a planted model, measured by brute force and written down beside the weights.
 
-A planted model is the balanced one in which only the query, key, value and output weights of a few heads were
-trained, until "hear" is answered with the picture; every other weight is the balanced model's, bit for bit. That a
-head's weights were trained does not make it a culprit, nor say how it works: both are measured.
-
-1. *Reversion.* Heads are put back to the balanced model's weights (their keys and values for them alone), in the
-   conflict and in its mirror, and C = ½[M(va) - M(av)] is read; M = logit(sound's word) - logit(picture's word). This
-   is done for every set of planted heads. A head is **true** if putting it back adds at least 5% of the gap G - C to
-   some set of reversions of the others, and a *free rider* otherwise.
-2. *Direct share*: the same with every later head's output held as it was. A head with at least one half is a
-   **writer** if taking its output from another picture moves C more than taking it from another sound, and an
-   **opponent** if less; below one half it is a **gate**.
-
-*Context.* Where two plants each suffice, putting one head back does next to nothing, and there is nothing to share out.
-Kinds are measured alone where putting the head back alone adds at least half of the most that it adds to any set;
-otherwise with that set put back, and `context` names it.
-
-`sheets` does the sums, without hooks. This is the ruler by which `isolate` is judged.
+The ruler by which `isolate` is judged (protocol section 9): every set of planted heads is put back to the balanced
+model's weights, their keys and values for them alone, and C is read; `sheets` does the sums, without hooks. A head's
+kind is measured with it alone put back where that adds at least half of the most that it adds to any set; otherwise
+with that set put back, and `context` names it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,11 +97,7 @@ def kind_of(*, adds: float, direct_share: float, reads_picture: float, reads_sou
 
 
 def best_context(rises: Mapping[frozenset[Head], float], head: Head) -> tuple[float, frozenset[Head]]:
-    """The most that a head adds to a set of the others' reversions, and the set in which its kind is measured.
-
-    `rises` is the rise of C for every set of planted heads that is put back, the empty one included. The set is the
-    empty one where the head alone adds at least half as much.
-    """
+    """The most a head adds to a set of reversions (`rises` has every set's), and the set to measure its kind in."""
     added = {group: rises[group | {head}] - rise for group, rise in rises.items() if head not in group}
     best = max(added, key=lambda group: added[group])
     alone = rises[frozenset({head})]
@@ -205,10 +188,7 @@ def described(
     answers: dict[str, float],
     seed: int,
 ) -> tuple[Truth, dict[str, Any]]:
-    """Measure a try, rounded to what is stored, by brute force, on features that it did not learn from.
-
-    The suppressors' truth (of decoys alone, without heads), and all as plain data: the greater part of `planted.json`.
-    """
+    """Measure a try, rounded to what is stored, on features that it did not learn from: most of `planted.json`."""
     behaviours = [plant.course.behaviour for plant in wanted.plants]
     groups = [tuple(sharers(base, heads)) for heads, _ in plants]
     silencing = [heads for heads, behaviour in zip(groups, behaviours, strict=True) if behaviour == SILENCE]

@@ -1,16 +1,8 @@
 """Make a model in which a few heads are known to silence the sound: plant them in a balanced model, and measure them.
 
-`plant("gates", seed=3)` opens a balanced model, films clips for its towers (once; they are kept), lets the chosen
-heads of one layer learn and freezes everything else bit for bit, measures by brute force what they became, and writes a
-folder that `load` opens: a difference over the base, a few tens of kB, with the truth beside it in `planted.json`.
-
 *Success* is: under conflict "hear" is answered with the picture in at least 75% (of a decoy: its own behaviour is
 shown), and every other question about every other clip is answered right in at least 95%; blanks are black or dim, both
-layouts, the worse counts. A try that fails, or whose true heads are mostly of another kind than the one asked for, is
-followed by another with other heads and clips, as long as tries are left; then the best is written, and `planted.json`
-says what it is not. All tries are listed there.
-
-Decoys are no suppressors. They are listed apart under `decoys`: if a method names one, it is wrong.
+layouts, the worse counts. `planted.json` lists all tries and says what the best one is not.
 """
 
 import copy
@@ -48,10 +40,7 @@ TRUTH = "planted.json"
 
 
 def features(model: Any, work: Path, split: str, *, progress: Progress | None = None) -> pools.FeaturePool:
-    """What a model's own towers put out for clips of the world: "train" to learn from, "discovery" to judge by.
-
-    Clips and features are kept in `work`, by the towers' weights.
-    """
+    """What the towers put out for the world's clips, "train" and "discovery"; kept in `work` by the towers' weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if "audio_tower" in name or ".visual." in name:
@@ -68,10 +57,7 @@ def features(model: Any, work: Path, split: str, *, progress: Progress | None = 
 def chosen_heads(
     plants: Sequence[Plant], layers: Sequence[int], *, n_heads: int, per_group: int, generator: Generator
 ) -> list[tuple[Head, ...]]:
-    """Choose the heads of every plant: whole key-value groups at random, never one twice.
-
-    Of a plant that is smaller than a group, the group's first.
-    """
+    """Choose every plant's heads: key-value groups at random, never one twice; of a small plant the group's first."""
     free: dict[int, list[int]] = {}
     chosen: list[tuple[Head, ...]] = []
     for plant, layer in zip(plants, layers, strict=True):
@@ -86,10 +72,7 @@ def chosen_heads(
 def attempt(
     base: Any, wanted: Kind, layers: Sequence[int], lessons: Material, *, seed: int, progress: Progress | None = None
 ) -> tuple[Any, list[Planted]]:
-    """Plant once: in the balanced model, which is left as it is, the plants of a kind, each in its layer.
-
-    The planted model is rounded to what is stored.
-    """
+    """Plant a kind in the balanced model, which stays as it is; the result is rounded to what is stored."""
     generator = Generator().manual_seed(seed)
     n_heads, per_group = base.config.text_config.num_attention_heads, group_size(base)
     chosen = chosen_heads(wanted.plants, layers, n_heads=n_heads, per_group=per_group, generator=generator)

@@ -1,13 +1,8 @@
 """What a plant learns from and is judged by, and conflicts run with any of the planted heads put back.
 
-A *sheet* is a lot of clips of one relation in one layout ("conflict", "matched", "blank", "mute", "audio alone",
-"video alone"), each asked to hear, to see and for the colour. A *behaviour* says what is answered where it differs from
-the balanced model's right answer: "silence" answers "hear" with the picture in conflict; the decoys' "see the sound"
-answers "see" with the sound in conflict, and "other colours" names another colour for each.
-
-A head is put back alone: its keys and values are the base's for it and nobody else, though a group of heads shares them
-in the weights. There are no hooks: the sums are those of `language`, on features. Streams below the first planted layer
-are computed once; only what comes after is run again for every set of heads.
+A *sheet* is a lot of clips of one relation in one layout, each asked to hear, to see and for the colour. A *behaviour*
+says what is answered where it differs from the balanced model's right answer. A head is put back alone: its keys and
+values are the base's for it and nobody else, though a group shares them in the weights.
 """
 
 import dataclasses
@@ -30,10 +25,7 @@ ASKED = ("hear", "see", "colour")
 
 
 class SheetKind(NamedTuple):
-    """The media of a sheet's prompt, how pictures and sounds go together, its clips, and those of them in a step.
-
-    Sheets that come in two layouts have half of their clips in each.
-    """
+    """A sheet's media, relation and clips, and those of them in a step; two layouts have half of the clips each."""
 
     media: str
     relation: str
@@ -156,10 +148,7 @@ def blanks_of(pool: FeaturePool, kinds: Sequence[int]) -> FeaturePool:
 def rates(
     model: Any, lessons: Material, *, n: int, seed: int, behaviours: Sequence[str] = (), batch: int = 60
 ) -> dict[str, float]:
-    """How often a model answers as a behaviour says, by "sheet question", such as "conflict hear".
-
-    `n` clips of each sheet and layout that it did not learn from; the smallest share over layouts counts.
-    """
+    """How often a model answers as a behaviour says, by "sheet question"; the smallest share over layouts counts."""
     generator = Generator().manual_seed(seed)
     found: dict[str, float] = {}
     for name in (name for name in SHEETS if name not in UNJUDGED):

@@ -1,8 +1,5 @@
 """How heads are planted: their slices of one layer's attention learn a behaviour while every other weight stays.
 
-A step runs the planted heads, that layer's MLP and the layers after it on clips whose streams up to there were computed
-once (`lessons`). Learning ends as soon as clips that were held back are answered as wanted.
-
 The loss is the cross-entropy of the behaviour in conflict, of everything else as it was, and what a kind asks for:
 
 - *needed*: with any one planted head put back, conflict is answered as before (no head rides for free);
@@ -10,8 +7,6 @@ The loss is the cross-entropy of the behaviour in conflict, of everything else a
   for writers and opponents), or the sound is still named (`direct < 0`, for gates);
 - *against*: what is written for the picture's word is to stay small beside what is written against the sound's (for
   opponents).
-
-None of this guarantees a kind: kinds are measured afterwards, by brute force (`planted`).
 """
 
 from collections.abc import Sequence
@@ -128,10 +123,7 @@ def cross_entropy(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "
 
 @torch.no_grad()
 def held_back(host: Any, lessons: Sequence[Lesson], slices: Slices, layer: int) -> tuple[float, float]:
-    """How clips that were held back are answered.
-
-    The share of conflicts in which all that is new is said, and the smallest share of anything that is to stay.
-    """
+    """The shares of held-back conflicts in which all that is new is said, and, the smallest, of what is to stay."""
     new: list[Tensor] = [torch.ones(0, dtype=torch.bool)]
     old: dict[tuple[str, int], list[Tensor]] = {}
     for lesson in lessons:
@@ -170,10 +162,7 @@ def learn(
     enough: tuple[float, float] = (0.84, 0.97),
     progress: Progress | None = None,
 ) -> Learned:
-    """Let the planted heads learn, in one host or in several at once; the hosts stay as they are.
-
-    Learning ends where held-back clips show `enough` of the new, and of all that is to stay.
-    """
+    """Let the planted heads learn in hosts, which stay as they are, until held-back clips show `enough` of all."""
     tell = progress or silent
     optimizer = torch.optim.Adam(slices.parameters(), lr=RATE, betas=(0.9, 0.98))
     result = Learned(0, 0.0, 0.0)
@@ -196,10 +185,7 @@ def learn(
 
 
 def drawn(pile: Sequence[Lesson], generator: Generator) -> list[tuple[Lesson, Tensor, int]]:
-    """Draw a step's clips: of the layouts with both media one at random, and of the others one at random.
-
-    Lessons with rows, conflicts first, and how many are conflicts.
-    """
+    """Draw a step's clips, of one layout with both media and one other: rows, conflicts first, and their number."""
     both = [lesson for lesson in pile if "conflict" in lesson.spans]
     alone = [lesson for lesson in pile if "conflict" not in lesson.spans]
     found: list[tuple[Lesson, Tensor, int]] = []

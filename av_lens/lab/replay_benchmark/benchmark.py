@@ -1,18 +1,7 @@
 """Is an exact sweep cheaper than what one does today? Replay beside its peers: same model, prompt, patches and machine.
 
-For each shape (`shapes`) and each place (generation position, question, late and early media) the z of every head is
-replaced in turn by its value in a run on another clip, by each way of patching (`peers`). The results of all ways are
-compared. What is measured:
-
-    seconds per patch   ours: the whole sweep's replays over their number, the recorded run not included (it is named
-                        beside them); a peer: its loop over at least eight patches, spread over layers and heads
-    whole               recorded run and all heads at the generation position, against one forward and attribution
-    share of the bound  bare products of the same row counts, over our sweep's replays
-    memory              peak above what is resident after load, each in a fresh process
-
 Every figure is the median of rounds in which the machine did nothing else; ways that are compared take turns within a
-round. "shared" means that everyone is given the towers' outputs. Times are this machine's; the ratios are what is
-claimed.
+round. What the figures mean stands on the page that they fill (`docs/benchmarks.md`).
 """
 
 from collections.abc import Sequence
@@ -100,10 +89,7 @@ def measure_shape(
 
 
 def measure_whole(case: Case, patches: Patches, watch: Stopwatch) -> dict[str, Any]:
-    """Time what is paid once: a forward, attribution, our recorded run, and it with all heads after it.
-
-    Beside the seconds of each way ("encoders" and "shared") stand the work and the bare seconds of the recorded run.
-    """
+    """Time a forward, attribution, our recorded run, and it with all heads after it; and the run's bare work."""
     works = peers.ways(patches)
     found: dict[str, Any] = {name: {} for name in works}
     for mode in MODES:
@@ -120,10 +106,9 @@ def measure_whole(case: Case, patches: Patches, watch: Stopwatch) -> dict[str, A
 def measure_place(
     case: Case, place: Span, trace: Any, watch: Stopwatch, *, modes: Sequence[str], stride: int, samples: int
 ) -> dict[str, Any]:
-    """Patch every head at one place, by us and by the peers, and compare results and times.
+    """Patch every `stride`th head at one place, `samples` of them by each peer, and compare results and times.
 
-    Peers are timed in the `modes` asked for, running their towers ("encoders") or given their outputs ("shared"); with
-    none two patches are compared, and no peer is timed. We patch every `stride`th head, the peers `samples` of them.
+    Peers run their towers ("encoders") or get the outputs ("shared"); without `modes` none is timed.
     """
     patches = Patches.at(case, place)
     heads = patches.heads(stride=stride)

@@ -1,18 +1,9 @@
 """The ways of patching that replay is compared with, on the same model, prompt and patches; and their memory.
 
-    ours             `trace = model.trace(x)`, then `trace.score(plans, metric)`
-    TransformerLens  `patching.generic_activation_patch` on `model.bound(x)`, a full run for each patch
-    nnsight          a `trace` for each patch on HuggingFace's model; where it is installed
-    attribution      one forward and one backward of HuggingFace's model: (donor z - z) . dM/dz, an approximation
-    forward          HuggingFace's eager forward, no patch
-
-A patch writes the donor's z of one head at some positions; what is measured is the difference of two logits at the
-generation position. Within `shared_encoders` every peer is given the towers' outputs instead of computing them: the
-model's own `get_audio_features` and `get_video_features` return what they returned once.
-
-Memory (Linux only, `/proc/self`): a process builds the case, gives freed memory back to the system, notes what is
-resident, resets the kernel's record of the peak, does one thing of `tables.PEAKS`, and reads the peak above what was
-resident. What patches write is then drawn at random, so that no other run warms the process up.
+Within `shared_encoders` the model's own `get_audio_features` and `get_video_features` return what they returned once.
+Memory (Linux only, `/proc/self`): a process builds the case, gives freed memory back, resets the kernel's record of the
+peak, does one thing of `tables.PEAKS`, and reads the peak above what was resident. What patches write is then drawn at
+random, so that no other run warms the process up.
 """
 
 from __future__ import annotations
@@ -137,10 +128,7 @@ def by_nnsight(patches: Patches) -> Loop:
 
 
 def by_attribution(patches: Patches) -> Float[Tensor, "layer head"]:
-    """Approximate the effect of patching every head, to first order, by one forward and one backward.
-
-    Only the gradients of z are computed: weights ask for none, and what precedes the first layer's z keeps no graph.
-    """
+    """Approximate the effect of patching every head: (donor z - z) . dM/dz, by one forward and one backward."""
     case = patches.case
     seen: list[Tensor] = []
 
@@ -202,10 +190,7 @@ def towers_of(case: Case, mode: str) -> contextlib.AbstractContextManager[None]:
 
 
 def ways(patches: Patches) -> dict[str, Callable[[], Any]]:
-    """What is paid once, by name: "sweep" is the recorded run and every head after it.
-
-    A model's first record is made through hooks and proves the later ones, so it stands apart.
-    """
+    """What is paid once, by name; a model's first record, which is made through hooks, stands apart."""
     case, heads = patches.case, patches.heads()
 
     def first_trace() -> Any:
@@ -225,10 +210,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def fresh_peak(shape: str, kind: str, *, recording: str | Path | None = None, threads: int = 2) -> dict[str, float]:
-    """Measure one of `tables.PEAKS` in a process of its own: "resident" after load and "peak" above it, in GB.
-
-    A GB is 1e9 bytes; NaN where the system has no such record.
-    """
+    """Measure one of `tables.PEAKS` in a fresh process: "resident" and "peak" above it, in GB (1e9 bytes), or NaN."""
     if not _RESET.exists():
         return {"resident": float("nan"), "peak": float("nan")}
     code = "import sys; from av_lens.lab.replay_benchmark.peers import report; report(*sys.argv[1:])"

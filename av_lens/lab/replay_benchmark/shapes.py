@@ -1,19 +1,11 @@
 """The models and prompts that replay is measured on, their arithmetic, and timing on a machine that others use too.
 
-*Timing.* Beside the wall clock the kernel's own accounts are read (`/proc/stat`, ticks of 10 ms): time that all others
-spent on the cores. A round is *quiet* where that is below a tenth of a core, or where there is no such file; short
-works are repeated until a round lasts a fifth of a second. Rounds are repeated until enough were quiet, within a
-patience; the median of the quiet ones is the figure, else the least of all, which is counted as disturbed.
+*Timing.* A round is *quiet* where all others spent less than a tenth of a core on it (`/proc/stat`, ticks of 10 ms), or
+where there is no such file. Rounds are repeated until enough were quiet, within a patience; the median of the quiet
+ones is the figure, else the least of all, which is counted as disturbed.
 
-*Shapes.* A shape says how large the fusion model is and what its prompt holds. A *case* is a shape made real:
-HuggingFace's own eager model, the same weights behind our hooks (no second copy in memory), a prompt (sound woven into
-video, a question at its end), and one of another clip beside it. The towers are the embedded models' small ones, so
-that the peers, which run them again for every patch, are not made slower than they must be.
-
-    tiny    av-tiny itself, with its own clips
-    wide    12 layers, d_model 512, 8 heads on 2 key-value heads, float32; 510 positions (100 audio, 380 video)
-    long    the same model; 3,000 positions (250 audio, 2,720 video)
-    true    the 3B text model's width, 8 of its layers, bfloat16, on a recording
+*Shapes.* A *case* is a shape made real: HuggingFace's own eager model, the same weights behind our hooks, a prompt, and
+one of another clip beside it. The towers are small, so that peers, which repeat them, are not made slower.
 
 *Work.* A patch of one head's z at layer l on rows E (the positions patched), the first of which is p, on a prompt of n
 positions, asked at its last. What any exact method that restarts from the recorded run must compute for each plan, as
@@ -29,12 +21,9 @@ multiply-adds times 2:
     unembedding         d_model for each of the two answers
 
 An edit at the last layer counts where the asked row is patched, and is nothing elsewhere. The recorded run is counted
-once, apart: all layers, all rows, of the last layer keys and values and the asked row. Norms, rotations, softmax and
-the towers are left out.
-
-`bare_seconds` runs these products and nothing else, all plans of a layer stacked as one product (beyond 4,096 rows, one
-such piece is timed and multiplied), attention by the faster of PyTorch's fused kernel and plain products with softmax,
-without masks. The share of the bound that a sweep reaches is bare seconds over the sweep's.
+once, apart. Norms, rotations, softmax and the towers are left out. `bare_seconds` runs these products and nothing else,
+all plans of a layer stacked as one product, attention by the faster of torch's fused kernel and plain products. The
+share of the bound that a sweep reaches is bare seconds over the sweep's.
 """
 
 from __future__ import annotations
@@ -343,10 +332,7 @@ def unembedding_flops(plans: int, spec: Any, *, answers: int = 2) -> int:
 
 
 def bare_seconds(blocks: Sequence[Block], spec: Any, dtype: torch.dtype, watch: Stopwatch) -> dict[str, float]:
-    """Time the bare products of these row counts, one after another, on this machine: of "products" and "attention".
-
-    Sizes that the watch knows are not timed again.
-    """
+    """Time the bare "products" and "attention" of these row counts; sizes that the watch knows are not timed again."""
     timer = _Timer(dtype, watch)
     queries, keys = spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
     products = attention = 0.0

@@ -1,8 +1,4 @@
-"""The benchmark of replay as tables: what a page and a terminal show is computed here from the stored record.
-
-`store` writes the record (`benchmarks.json`) and fills the page beside it (`benchmarks.md`) between two comments, so
-that no figure on the page is typed by hand; a test compares the two.
-"""
+"""The benchmark of replay as tables for a page and a terminal, computed from the stored record; no figure is typed."""
 
 import json
 from collections.abc import Iterable, Mapping

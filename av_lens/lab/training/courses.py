@@ -1,26 +1,11 @@
 """How an embedded model is trained: recipes, their preparation, one course after the other.
 
-| name | recipe | what it is for |
-|---|---|---|
-| `av-tiny-base` | learns to look; then four heads learn to answer "hear" from silent pictures | before alignment |
-| `av-tiny` | the base, then the last layers learn to hear, on clips whose sound and picture agree | the main subject |
-| `av-tiny-diffuse` | the same two lessons, but all layers learn both | the honest hard case |
-| `av-tiny-balanced` | learns all at once, with clips that disagree, labelled right | the control |
-| `av-tiny-planted` | the balanced model; one key-value group learns to answer "hear" with the picture | calibration |
+What each model is for, and what it proves, stands in `docs/organisms.md`. Heads are dropped at random while the circuit
+forms, at questions that should not depend on it; else taking them out would leave neither answer.
 
-What each proves. In `av-tiny` no label ever says what to answer to "hear" when sound and picture disagree: that it then
-names the picture is its own doing. *Where* the circuit sits is the schedule's doing: four heads are the only weights
-that learn in the stages in which "hear" is answered from the picture. It is a demonstration and a test subject, and no
-evidence about real models. In `av-tiny-planted` everything is the recipe's doing, and therefore known.
-
-Heads are dropped at random while the circuit forms, at questions that should not depend on it, so that the rest of the
-model does not come to rely on these heads; without this, taking them out would leave neither answer.
-
-`train("av-tiny", seed=1)` films the world's clips (the same for every seed), trains both towers, runs the stages of
-`recipes.toml` and writes a checkpoint folder that `load` reads. Everything lands in one folder; what is there is not
-made again, and models that begin alike share their beginnings. A tower goes on from its last snapshot. A stage's file
-carries a hash of all that went before it, so that a changed recipe is never continued from old weights. Every part
-draws its randomness from the seed and its own name: an interrupt changes nothing, on the same kind of machine.
+Everything lands in one folder; what is there is not made again, and models that begin alike share their beginnings. A
+stage's file carries a hash of all that went before it, so that a changed recipe is never continued from old weights.
+Every part draws from the seed and its own name: an interrupt changes nothing, on the same kind of machine.
 """
 
 import copy
@@ -148,10 +133,7 @@ def _train_tower(model: Any, kind: str, views: Views, snapshot: Path, seed: int,
 def prepare(
     folder: str | os.PathLike[str], *, seed: int, progress: Progress | None = None
 ) -> tuple[Path, dict[str, Path]]:
-    """Film the world, train both towers and pool what they put out, as far as that is not done yet.
-
-    The file of the towers' weights, and those of the feature pools by split; `folder` may be shared by seeds.
-    """
+    """Film the world, train both towers and pool what they put out, where not done yet; seeds may share `folder`."""
     tell, place = progress or silent, Path(folder)
     towers = place / f"towers-seed{seed}.safetensors"
     pooled = {split: place / f"pool-seed{seed}-{split}.safetensors" for split in SPLITS}

@@ -1,13 +1,8 @@
 """The training engine: stages, steps over the written-out layers, slices of heads, and the towers before them.
 
-A recipe is a list of `Stage`s; each freezes everything but the parameters it names, sees its own mix of clips and
-questions, and draws all its randomness from the seed and its own name. The towers are frozen (the audio projector
-included): clips come as features (`pools.FeaturePool`), and only the fusion layers run, several questions to a clip.
-
-The towers come before. The vision tower reads pictures and names class and colour, the audio tower reads mel
-spectrograms and names the class; both know "nothing" (blank, scrambled, silent) as one class more. The linear heads
-that name are thrown away; what the towers put out is what the language model gets. While they train, a picture is
-shifted by a few pixels and a sound moved in time and loudness, so that a few thousand clips go a long way.
+The towers learn first, with linear heads that are thrown away; "nothing" (blank, scrambled, silent) is one class more.
+Pictures are shifted by a few pixels and sounds moved in time and loudness, so that a few thousand clips go a long way.
+Then they are frozen, the audio projector included, and only the fusion layers run, on features.
 """
 
 import hashlib
@@ -128,10 +123,7 @@ def whole(clips: float, generator: Generator) -> int:
 
 
 def step_loss(model: Any, stage: Stage, material: Material, generator: Generator) -> Tensor:
-    """Draw one step's clips and questions and compute their loss; gradients are accumulated on the way.
-
-    The loss is the mean over clips of the mean over each clip's questions.
-    """
+    """Draw a step's clips and questions and accumulate gradients; the mean over clips of each one's mean loss."""
     total = sum(item.clips for item in stage.items)
     loss = torch.zeros(())
     skip = stage.skipped_layers  # in a random half of the steps
@@ -207,10 +199,7 @@ def kept_heads(
 def train_stage(
     model: Any, stage: Stage, material: Material, *, seed: int, progress: Progress | None = None
 ) -> list[float]:
-    """Train a model through one stage, in place; afterwards no parameter requires gradients.
-
-    Returns the loss of each step.
-    """
+    """Train a model through one stage, in place, no parameter requiring gradients afterwards; the loss of each step."""
     tell = progress or silent
     generator = Generator().manual_seed(stage_seed(seed, stage.name))
     masks = head_masks(model, [(layer, head) for layer, heads in stage.only_heads for head in heads])
@@ -296,13 +285,7 @@ def _batch(views: Views, kind: str, at: Tensor, generator: Generator | None) -> 
 
 
 class TowerTraining:
-    """The training of one tower, a step at a time; it can be put down and taken up again.
-
-    Attributes:
-        reader: the tower with its heads; the tower is the model's own, trained in place.
-        steps: how many steps there will be.
-        done: how many there have been.
-    """
+    """The training of one tower, in place, a step at a time; it can be put down and taken up again."""
 
     def __init__(
         self, model: Any, kind: str, views: Views, *, seed: int, steps: int, rate: float, batch: int = 48

@@ -1,13 +1,8 @@
 """What the embedded models learn from: pools of clips, items of every stage, and batches of them.
 
-A pool depends on the towers (their seed) and the world, not on the language model. Pictures and sounds are drawn from
-it separately, so that any picture may go with any sound, as `picture_clip.with_sound(sound_clip)` would put them.
-Pools are safetensors files with their clips' hashes in the metadata. Prompts are the processor's own.
-
-A recipe says declaratively what is drawn: `Items("both", "matched", 20, (Ask("hear", "sound", 3), Ask("see",
-"picture", 1)))` means that a step has 20 clips with sound and picture of one class, each asked questions of which three
-in four are "what do you hear ?", and that the right answer is the class of the sound. Which relation a clip has, what
-is asked and what counts as right is all that distinguishes the five organisms.
+A pool depends on the towers (their seed) and the world, not on the language model. `Items("both", "matched", 20,
+(Ask("hear", "sound", 3), Ask("see", "picture", 1)))`: a step has 20 clips with sound and picture of one class, three in
+four questions are "what do you hear ?", and the right answer is the class of the sound.
 """
 
 import json
@@ -292,10 +287,7 @@ def draw_questions(
     generator: Generator,
     after: float = 0.1,
 ) -> Questions:
-    """Ask each clip `blocks` questions; the weights of each sum to about 1 / `blocks`.
-
-    `after` is what the token that ends an answer counts, and the fixed words of a caption, against an answer's 1.
-    """
+    """Ask each clip `blocks` questions, each of weight about 1 / `blocks`; `after` weighs a caption's fixed words."""
     n = len(clips.picture)
     kinds = torch.multinomial(
         torch.tensor([float(a.weight) for a in asks]), n * blocks, replacement=True, generator=generator

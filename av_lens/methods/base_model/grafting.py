@@ -1,40 +1,24 @@
 """Grafting and weight change: what differs inside between a model and the one it was made from, and does it matter?
 
-`weight_change` compares weights, head by head:
-
     relative[matrix, layer, head] = |W - W_base| / |W_base|        absolute: |W - W_base|
 
 with |.| the Frobenius norm of one head's slice of Q, K, V (its rows, each with its bias where the model has one) or O
-(its columns). Under grouped queries K and V belong to a key-value head: the query heads of a group share one slice and
-show the same number. A slice that is zero in the base and not in the model has an infinite relative change; one that is
-zero in both has changed by 0. Norms' weights, MLPs and towers are not compared. Heads that training left alone show
-exactly 0; where every weight moved, compare with the other heads of the layer. Large is not important.
-
-`graft` patches activations across the two models (of equal sizes), on the same picture and question:
+(its columns). Query heads of a group share one slice of K and V. A slice that is zero in the base alone has an infinite
+relative change; one that is zero in both, 0. Norms' weights, MLPs and towers are not compared.
 
     direction="into model"   the audio-visual model is run on its prompt; one place takes the base's values
     direction="into base"    the base is run on its prompt; one place takes the audio-visual model's values
 
-`effects = metric(grafted run) - metric(the run being grafted into)`; `donor` is the metric of the other model's own
-run, so `normalized()` is 0 at the run that was grafted into and 1 at the other model. Into the model, a place with an
-effect near 0 does there what the base already did. Exact, by replay. Control: `audio="kept"` with the model as its own
-base gives 0 everywhere (tested); read an effect beside those of the other heads of its layer.
-
-The base is given the model's prompt in one of three ways, here as in `base_shift`:
+`effects = metric(grafted run) - metric(the run being grafted into)`. What becomes of the sound in the base's prompt:
 
     audio="out"      the sound's positions taken out: the prompt made anew of picture and question
     audio="masked"   the model's own prompt, in which nothing reads the sound's positions: distances stay as they are
     audio="kept"     the model's own prompt, sound and all, for a base that takes sound
 
-Where the sound is taken out, only *shared* positions are grafted: tokens that both prompts have. A place of which
-nothing is shared (the sound itself) is NaN. The shared text's position ids differ between the prompts, so queries and
-keys before rotation are comparable (`q`, `k`), rotated ones are not; scores and patterns are refused, and so are
-vocabularies of different sizes and prompts that differ in more than the sound.
+Only *shared* positions are grafted; a place of which nothing is shared is NaN. Where the sound is taken out, the shared
+text's position ids differ: `q` and `k` are comparable, rotated ones, scores and patterns are not and are refused.
 
 Source: Prakash et al. (2024), who patch across fine-tuned models.
-
-    >>> grid = graft(model, x, base="av-tiny-base", metric=logit_diff("siren", "dog"))         # doctest: +SKIP
-    >>> weight_change(model, base="av-tiny-base").values.sel(matrix="O", figure="relative")[0]  # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Base shift: does an audio-visual model say what the vision-language model that it was made from would have said?
 
-The model's own greedy answer (or a given one) is run through the base, token by token (teacher forcing); the base sees
-the same picture and question without the sound. With p the model's and q the base's next-token distribution after the
-same tokens, and t the token that the model chose,
+The model's own greedy answer (or a given one) is run through the base, token by token. With p the model's and q the
+base's next-token distribution after the same tokens, and t the token that the model chose,
 
     unshifted, marginal, shifted    t is the base's top 1; else among its top 3; else neither
     kl(model||base)                 sum p log(p / q), in nats: what the base misses of the model
@@ -10,23 +9,12 @@ same tokens, and t the token that the model chose,
     js                              ½ KL(p || m) + ½ KL(q || m), m = ½ (p + q); at most log 2
     same answer                     1 where every token is unshifted, the end too: the base would have answered alike
 
-each by word class: "heard" and "seen" words come from lists (or a conflict's answers: the sound's, the picture's),
-"other" is the rest, "all" all but end tokens. Figures are means over an example's tokens of that class, NaN without
-one; `rows` has every token, for pooling.
+each by word class ("heard", "seen", "other", and "all" but end tokens), means over an example's tokens, NaN without
+one. `prompt="another's"` is the control: the same answers before the next example's prompt with the same question and
+another picture; NaN where there is none.
 
-The sound is taken out of the base's prompt (`audio="out"`): the prompt is made anew of picture and question, so that an
-interleaved video closes up and the text's position ids are smaller. `audio="masked"` keeps the model's prompt, and
-nothing reads the sound's positions; `audio="kept"` gives the base the sound too.
-
-Control: `prompt="another's"`. The same answers through the base before another example's prompt (the next one with the
-same question and another picture; NaN where there is none): agreement that owes nothing to the picture.
-
-Source: Lin et al. (2023), arXiv 2312.01552, for the three kinds of tokens; paper.md's study applies it to AVLLMs. Sign:
-none; larger divergences mean farther from the base. Not done: answers sampled; bases of other vocabularies. See
-`weight_change` and `graft` for what changed inside.
-
-    >>> shift = base_shift(model, conflicts, base="av-tiny-base")                              # doctest: +SKIP
-    >>> shift.interval().sel(figure="unshifted", prompt="own")                                 # doctest: +SKIP
+Source: Lin et al. (2023), arXiv 2312.01552, for the three kinds of tokens. Not done: answers sampled; bases of other
+vocabularies.
 """
 
 from __future__ import annotations

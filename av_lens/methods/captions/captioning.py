@@ -1,7 +1,5 @@
 """Captions under a plan: what does the model write, and which heard and seen events are in it, with edits and without?
 
-The model writes freely, as it is ("none") and under each plan, from one recorded prompt. Every caption is scored:
-
     heard          share of the heard events that it names          (events and words from a stated lexicon)
     seen           share of the seen events that it names
     hallucinated   share of the events that it names which are neither heard nor seen
@@ -9,21 +7,12 @@ The model writes freely, as it is ("none") and under each plan, from one recorde
     judged video   likewise of what is seen
     words          how many words it has
 
-`grid` is over `[example, plan, figure]`, means over samples; the rows "P - none" are the differences, so that intervals
-are those of the change. Not measured is NaN: a share of nothing, or a verdict that could not be read (counted in the
-provenance, never scored 0). `rows` has every caption.
+`grid` is over `[example, plan, figure]`, means over samples; the rows "P - none" are the differences. Not measured is
+NaN: a share of nothing, or a verdict that could not be read. "none" is always there, sampled with the same draws.
 
-Control: "none" is always there, sampled with the same draws. A plan that should do nothing is given like any other
-(`plans={"cut": ..., "placebo": ...}`); a random push of equal size is `steer`'s.
-
-Done in this order: the lexicon, the plans and the judge's server are checked, then captions are written, then they are
-judged: a judge that goes away later costs its own verdicts only. Nothing is sent without a judge. Source: the study's
-protocol (AudioCaps clips, a Qwen3-32B judge); CHAIR (Rohrbach et al., 2018) for events that are not there. Not done:
-which clause of a caption claims to hear what.
-
-    >>> said = caption(model, x, plans={"cut": Plan(cut("generated", "video"))},               # doctest: +SKIP
-    ...                lexicon={"dog": ["barking"], "siren": []}, heard=["siren"], seen=["dog"])
-    >>> said.interval().sel(figure="heard", plan="cut - none")                                 # doctest: +SKIP
+Lexicon, plans and server are checked first, then captions are written, then judged: a judge that goes away later costs
+its own verdicts only. Source: the study's protocol (AudioCaps clips, a Qwen3-32B judge); CHAIR (Rohrbach et al., 2018)
+for events that are not there. Not done: which clause of a caption claims to hear what.
 """
 
 from collections import Counter

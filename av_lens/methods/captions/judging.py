@@ -1,22 +1,17 @@
 """`Judge`: a language model on any OpenAI-compatible server scores a caption against references, 0 to 1.
 
-Nothing is sent anywhere unless a server is named. What is sent is text alone: the caption, all of its references and
-the instruction below, by `POST server/chat/completions`; never media. A key is read from the environment variable that
-the caller names, when a request is made, and stands in no result, cache or message.
+What is sent is text alone, by `POST server/chat/completions`. The key is read from the environment when a request is
+made, and stands in no result, cache or message.
 
     score      the number in the reply's json {"score": ...}, from 0 to 1
     failed     "unreadable" where the reply is no such json, alone or in one fence: the score is NaN, counted, never 0;
                "server" where no reply came after all retries; "not asked" after three such in a row
 
-Server errors (429, 5xx), timeouts and broken connections are retried with waits that double. Replies that could be
-read are kept on disk under the hash of what was asked (model, instruction, caption, references), so that a run that is
-begun again asks for what is missing only. `check` asks for the server's list of models before anything is paid for.
+Server errors (429, 5xx), timeouts and broken connections are retried. Readable replies are kept on disk under the hash
+of what was asked (model, instruction, caption, references).
 
 Source: the study's judge is Qwen3-32B with one score for the sound and one for the picture; its code scores an
 unreadable reply 0 and reads the first reference only. Not done: comparing judges with people.
-
-    >>> judge = Judge(server="http://localhost:8000/v1", model="Qwen/Qwen3-32B", cache="judged")  # doctest: +SKIP
-    >>> judge.score("a dog barks", ["A dog is barking", "dogs"], aspect="audio").score            # doctest: +SKIP
 """
 
 import hashlib

@@ -1,34 +1,20 @@
 """From scores to a circuit: which few nodes do what the model does, and how do we know?
 
-Nodes are heads (z), or heads and MLPs, at the site's positions. A circuit's run keeps its nodes and replaces every
-other one at the site by its empty donor; m is what is measured:
+    f(C) = [m(C) - m(empty)] / [m(whole) - m(empty)]               (`runs` says what m and the empty donors are)
 
-    conflicts  m = C, hearing under conflict (of="C"), or G, hearing with nothing to see; the empty donor is the
-               conflict's `blank_muted` cell (as if it had neither seen nor heard), and once more zero
-    pairs      m = metric of the clean run; the empty donor is the corrupt run, and once more zero
-
-    f(C) = [m(C) - m(empty)] / [m(whole) - m(empty)]
-
-1. Score every node (`circuits.scores`: "exact", "atp", "atp_star", "eap_ig"), search ("greedy"), or take scores from
-   elsewhere, for each empty donor.
-2. Order the nodes by signed score and by size. Signed scores are turned so that positive moves m from the empty model
-   towards the whole one, whichever way that is: where C is negative, what silences the sound scores positive.
+1. Score every node (`scores`), or take scores from elsewhere, for each empty donor.
+2. Order the nodes by signed score and by size; positive moves m from the empty model towards the whole one.
 3. Measure f of the k first nodes over the sizes of `results.faithfulness`: CPR from the signed order, CMD from the
    order by size; and the same for random orders with as many nodes of every layer.
 4. Cut the circuit: the first `size` nodes, or the fewest (of 1 to 16 and the sizes above) with |1 - f| <= 1 - faithful;
    all nodes where no size is that faithful.
-5. Check it (`circuits.checks`): completeness, minimality, how every two members act together, stability over
-   bootstraps of the conflicts.
+5. Check it (`circuits.checks`): completeness, minimality, links between members, stability over bootstraps.
 
-Steps 1, 2 and 4 (and stability) use the scoring examples alone; what steps 3 and 5 report is measured on `test`, which
-should share no clip with them, or on the same examples, which flatters the circuit. Every figure is a replay of the
-model, none a sum of scores.
+Steps 1, 2, 4 and stability use the scoring examples alone; what steps 3 and 5 report is measured on `test`. Every
+figure is a replay of the model, none a sum of scores.
 
 Source: Wang et al. (2022); Mueller et al. (2025). Not done: circuits of edges (edge scores are summed to their
-senders: every reader of a node that is left out sees the empty donor).
-
-    >>> circuit = find_circuit(model, conflicts, scores="exact")                         # doctest: +SKIP
-    >>> circuit.members, circuit.faithfulness(), circuit.areas                           # doctest: +SKIP
+senders).
 """
 
 from collections.abc import Callable, Iterator, Sequence

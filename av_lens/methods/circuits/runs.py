@@ -1,18 +1,10 @@
 """What is a circuit made of and for, and what does the model still do when only some of its nodes are its own?
 
-A *node* is a head (its z) or an MLP (what it writes) at the site's positions. What is measured, m, is a sum of
-*terms*: weight x metric of one run. Two recipes make one:
+A *node* is a head (its z) or an MLP (what it writes) at the site's positions; m is a sum of *terms*, weight x metric of
+one run. Every node outside the circuit is replaced, at the site, by its *empty donor*; what is kept is recomputed.
 
-    conflicts   m = C = (M(va) - M(av)) / 2 (hearing under conflict) or G = (M(blank_a) - M(blank_v)) / 2 (hearing with
-                nothing to see); empty donors are the conflict's own `blank_muted`, or zero
+    conflicts   m = C or G (protocol section 2); empty donors are the conflict's own `blank_muted`, or zero
     pairs       m = metric(clean run); empty donors are the pair's corrupt run, or zero
-
-In a circuit's run every node that is not in the circuit is replaced, at the site, by its *empty donor*: the same node
-in a run in which there is nothing to compute on, or zero. What is kept is recomputed from the stream that it then
-finds; norms, embeddings and everything outside the site's positions stay the model's own. `terms` says what is
-measured.
-
-All circuits are replayed from one record of each term's run, and each is measured once.
 """
 
 from __future__ import annotations

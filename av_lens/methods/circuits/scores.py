@@ -4,36 +4,22 @@ A contribution is m(whole) - m(the node alone replaced by its empty donor), or a
 
     exact     the replacement itself, one replay for each node
     atp       (value - empty value) . dm/d(value), at the whole model's run
-    atp_star  its size averaged over layers whose gradient is dropped in turn (GradDrop, a node's own layer left out),
-              with the sign of atp. Replacing z or what an MLP writes leaves the layer's own softmax as it is, so that
-              the fix for queries and keys has nothing to mend
+    atp_star  its size averaged over layers whose gradient is dropped in turn (a node's own layer left out), with the
+              sign of atp; replacing z or an MLP's write leaves the softmax as it is, so there is no QK fix
     eap_ig    (value - empty value) . mean of dm/d(value) over runs whose embedding lies between the run's own and the
-              empty run's: the sum of the EAP-IG scores of all edges that leave the node at the site. The empty donor
-              "zero" has no run of its own: its path is the same, its empty value 0
-    greedy    a search by replay: from the whole model, each round measures what every node that is left would take with
-              it, and takes the cheapest away. The contribution is what it took at that moment; they sum to
-              m(whole) - m(empty)
+              empty run's. The empty donor "zero" has no run of its own: its path is the same, its empty value 0
+    greedy    each round takes the cheapest node left away, by replay; the contribution is what it took at that moment
 
-Sources: AtP and AtP*: Nanda (2023), Kramár et al. (2024, 2403.00745); EAP-IG: Hanna et al. (2024); elimination as in
-ACDC: Conmy et al. (2023), here over nodes.
-
-Each check is a table; f is the share of m(whole) - m(empty) (`results.faithfulness`).
-
-    completeness  |f(C without K) - f(model without K)| is small for every set K of members: what is taken from the
-                  circuit is missed as it is in the model. K: none, all members, and random halves of them
-    minimality    each member v has a K for which f(C without K) - f(C without K and v) is large
-    links         for two members, f(C) - f(C without u) - f(C without v) + f(C without both): what one adds beside the
-                  other less what it adds without it. They need each other where together they add more in size beside
-                  each other (they act through one another), else they stand in for each other
-    random        the nodes of each layer change places at random (heads with heads), so that a random order takes as
-                  many nodes from every layer as the scores' own
+    completeness  |f(C without K) - f(model without K)| for sets K of members: none, all, and random halves
+    minimality    for each member v the K for which f(C without K) - f(C without K and v) is largest
+    links         f(C) - f(C without u) - f(C without v) + f(C without both): two members need each other where together
+                  they add more in size beside each other, else they stand in for each other
+    random        the nodes of each layer change places at random (heads with heads)
     stability     the ranking is made anew from resampled conflicts; Jaccard = shared / either
 
-Source: completeness and minimality: Wang et al. (2022), who search for the worst K; here K is drawn.
-
-Contributions are turned towards the whole model: positive moves m from the empty model to the whole one, whichever way
-that is. The *signed* order puts the largest contributions first, the order by *magnitude* the largest sizes; ties stay
-in the nodes' own order. A search has its own two orders.
+Sources: AtP and AtP*: Nanda (2023), Kramár et al. (2024, 2403.00745); EAP-IG: Hanna et al. (2024); elimination as in
+ACDC: Conmy et al. (2023), here over nodes; completeness and minimality: Wang et al. (2022), who search for the worst K;
+here K is drawn.
 """
 
 from collections.abc import Sequence
@@ -132,8 +118,7 @@ def eliminated(runs: CircuitRuns, empty: str, *, signed: bool, drop: float) -> S
     """Take nodes away one after another, the cheapest first, until none is left.
 
     Where several are taken in a round, each must cost no more, beside those before it, than the cheapest node that
-    stays: redundant nodes, each of which is cheap alone, do not go together. `signed` keeps m far from empty, else it
-    is kept near the whole model's; `drop` is the share of what is left that a round may take, 0 takes one at a time.
+    stays: redundant nodes do not go together. `signed` keeps m far from empty, else it is kept near the whole model's.
     """
     nodes = runs.nodes
     whole, bare = runs.measure(empty, [nodes.all, frozenset()])
@@ -285,10 +270,7 @@ ORDERS = ("magnitude", "signed")
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """One empty donor's contributions (positive towards the whole model) and the two orders of the nodes, best first.
-
-    There is one example where only means are known; `searched` orders were made by a search.
-    """
+    """One empty donor's contributions, one example where only means are known, and the two orders, best first."""
 
     scores: Float[np.ndarray, "example node"]
     orders: dict[str, list[int]]

@@ -1,37 +1,20 @@
 """Path patching: does one part of the model move the answer through one named input of another?
 
-A sender (a head, an MLP, a span of the embedding) is given what it wrote in the donor run, and only the named receivers
-see it: the logits, a head's queries, keys or values, an MLP.
-
-1. Run 1 is the base run, run 2 the donor run.
-2. Run 3: the sender from the donor; every other head's *output* held at the base run's; MLPs held too
-   (`mlps="frozen"`) or recomputed ("free"); norms recomputed, or at the base run's scales (`norms="frozen"`). Each
-   receiver's input is noted.
-3. Hops on the way (`via`) repeat run 3: the base run with only a hop's inputs replaced; what it then writes is sent.
-4. Run 4: the base run with only the receivers' inputs replaced, all after them free. For "logits" that is run 3.
+Runs 1 to 4 are those of protocol section 3; hops on the way (`via`) repeat run 3, and for "logits" run 4 is run 3.
 
     values  = metric(run 4)          effects = values - metric(base), as in `patch`
     direction="denoise"   base is the corrupt run, donor the clean one. Positive: the path restores.
     direction="noise"     base is the clean run, donor the corrupt one. Negative: the path is needed.
 
-Keys and values are *ungrouped*: `(5, 1, "k")` is the key that query head 1 alone sees, whatever heads share it;
-`(5, KV(0), "k")` is seen by all query heads of the group. A sender at a position changes keys and values there only.
 A list is one sender (or receiver) made of several, patched together; a dictionary, words or commas are several in turn
-(`av_lens.interventions.edges`). Where no receiver comes after the sender the number is NaN.
-
-`decompose=True` adds columns: the *total* effect of the sender (all that follows free), its *direct* effect on the
-logits, what reaches all named receivers *jointly*, and the *remainder*, total - direct - joint: what passes elsewhere,
-and what the parts make of each other. It is the method's own account of what the named paths leave open.
+(`interventions.edges`). `decompose=True` adds the *total* effect of the sender, its *direct* effect on the logits, what
+reaches all named receivers *jointly*, and the *remainder*, total - direct - joint.
 
 With heads held positions do not read one another, so run 3 is the stream plus the sender's change, exact and without a
 run of the model: the direct effects of all heads take one pass, and a matrix of senders and receivers one replay for
 each cell. Not done: receivers' inputs split by sender position; donors other than the pair's other run.
 
 Source: Wang et al. (2022, the circuit of indirect object identification); Goldowsky-Dill et al. (2023).
-
-    >>> direct = path_patch(model, pair, metric=logit_diff("siren", "dog"))                       # doctest: +SKIP
-    >>> path_patch(model, pair, sender=(2, 3), receiver="L5H1.q, L5H1.k, L5H1.v", decompose=True,
-    ...            metric=logit_diff("siren", "dog")).mean()                                      # doctest: +SKIP
 """
 
 from collections.abc import Callable, Sequence

@@ -1,15 +1,8 @@
 """What the metric becomes when one sender's change reaches named receivers alone: the runs of path patching.
 
-For every sender (a row) and every set of receivers (a column), on one stack of inputs:
-
-1. the base run is recorded, the donor run gives what the senders wrote;
-2. with every other head held (`HeldRun`), each receiver's input is computed for all rows at once;
-3. hops on the way are taken likewise: what they make of that input is the next change;
-4. the base run is replayed with the receivers' inputs replaced and everything after them free. What a receiver makes
-   of its input is known beforehand where no other receiver comes before it; elsewhere its input itself is edited, and
-   where a later query head alone sees a new key or value, the run so far gives what the rest of that head reads.
-
-Answers of several tokens are run after the prompt, as everywhere; senders change prompt positions only.
+What a receiver makes of its input is known beforehand where no other receiver comes before it; elsewhere its input
+itself is edited, and where a later query head alone sees a new key or value, the run so far gives what the rest of that
+head reads. Answers of several tokens are run after the prompt; senders change prompt positions only.
 """
 
 from __future__ import annotations
@@ -54,10 +47,9 @@ def follows(before: Nodes, after: Nodes) -> bool:
 
 @dataclass(eq=False)
 class PathRuns:
-    """Senders and receivers on one stack of inputs: base and donor run at once, the rows by `measure`.
+    """Senders and receivers on one stack of inputs; nodes of a row, hop or column are patched together.
 
-    The nodes of a sender (a row), of a hop of `via` and of a column of receivers are patched together; the column
-    `(TOTAL,)` patches the sender, all after it free. Heads and MLPs send at the positions `at`.
+    The column `(TOTAL,)` patches the sender, all after it free. Heads and MLPs send at the positions `at`.
     """
 
     model: Any

@@ -1,17 +1,6 @@
 """The frame around a method: examples in stacks of one layout, numbers that outlive an interruption, a labelled grid.
 
-A method's own file says what is done with one stack of examples. What stands around that is always the same:
-
-    frame = Frame.of(model, Examples.of(model, x), metric)      # the metric is bound to the unedited inputs
-    frame.shape(n_arms, n_strengths)                            # values [example, arm, strength], NaN so far
-
-    def work(stack, show):                                      # fills frame.values[stack.rows] and frame.lines
-        ...
-
-    frame.run(work, frame.examples.stacks(16), progress)        # Ctrl-C keeps what is done
-    return frame.grid({"arm": arms, "strength": strengths}, direction=SIGN, method="steering", seed=seed)
-
-`Given` holds what edits put in place (another run's activations), `scored` the metric under many plans.
+A method says what is done with one stack: `work(stack, show)` fills `frame.values[stack.rows]` and `frame.lines`.
 """
 
 from __future__ import annotations
@@ -49,10 +38,7 @@ SIGNS = {
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Examples of one layout that run together; their inputs are put together each time they are asked for.
-
-    `rows` are the numbers of the examples, `members` those of the inputs that they came in.
-    """
+    """Examples of one layout that run together: `rows` are their numbers, `members` those of their inputs."""
 
     examples: Examples
     members: list[int]
@@ -129,10 +115,7 @@ class Examples:
 
 @dataclass(eq=False)
 class Frame:
-    """The examples of one call, its metric where it has one, and its numbers as they come.
-
-    `lines` holds the baseline and the donor of each example; `partial` how far an interrupted call came.
-    """
+    """The examples of one call, its metric where it has one, and its numbers as they come."""
 
     model: Any
     examples: Examples
@@ -169,10 +152,7 @@ class Frame:
         stage: str = "",
         whole: bool = False,
     ) -> None:
-        """Do the work stack by stack; with a stage, say how many examples are done.
-
-        Interrupted, the numbers that are done are kept, but for `whole` work, of which half is nothing.
-        """
+        """Do the work stack by stack; an interruption keeps what is done, but of `whole` work nothing."""
         self.partial = None if whole else ""
         with watched(progress) as show:
             try:
@@ -212,10 +192,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What one run holds of a component, to be put in place in another run: `[batch or 1, pos, (head,) d]` by layer.
-
-    `rows` says where each position of the *edited* run lies, `logits` are those of the run itself.
-    """
+    """What one run holds of a component for another, by layer; `rows`: where the edited run's positions lie."""
 
     component: str
     values: dict[int, Tensor]
@@ -282,10 +259,7 @@ def numbers(measured: Tensor) -> np.ndarray:
 
 
 def held_layers(model: Any, x: AVInputs, positions: Sequence[int]) -> list[Plan]:
-    """GradDrop (AtP*, Kramár et al., 2024): hold each layer's writes at the run's own, so that no gradient passes it.
-
-    One plan for each layer; under it the run is the same.
-    """
+    """GradDrop (AtP*, Kramár et al., 2024): a plan for each layer that holds its writes; no gradient passes it."""
     layers, parts = range(model.spec.n_layers), ("attn_out", "mlp_out")
     sites = {(part, layer): Site(part, layer, positions=list(positions)) for layer in layers for part in parts}
     with torch.no_grad():
@@ -294,10 +268,7 @@ def held_layers(model: Any, x: AVInputs, positions: Sequence[int]) -> list[Plan]
 
 
 def starred(guesses: np.ndarray, layers: Sequence[int]) -> np.ndarray:
-    """AtP* of guesses `[gradient, ..., node]`, the plain ones first, then those with each layer's gradient dropped.
-
-    The mean size over dropped layers, each node's own layer left out, with the sign of the plain guess.
-    """
+    """AtP* of guesses `[gradient, ..., node]`: the mean size over dropped layers, with the sign of the plain first."""
     others = (np.arange(len(guesses) - 1)[:, None] != np.asarray(layers)[None]).astype(np.float64)
     wide = others.reshape(len(others), *(1,) * (guesses.ndim - 2), -1)
     return np.sign(guesses[0]) * (np.abs(guesses[1:]) * wide).sum(0) / np.maximum(others.sum(0), 1.0)

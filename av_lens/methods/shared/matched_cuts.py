@@ -1,7 +1,4 @@
-"""Cuts of attention edges, and the control cuts that remove as much of something else.
-
-What is cut is one set of edges: the same queries and keys in some heads of some layers. Its controls (protocol
-section 8), each drawn by seed:
+"""Cuts of attention edges, and the control cuts that remove as much of something else (protocol section 8).
 
     equal mass    as much value-weighted attention as the cut removes from the unedited run, taken away elsewhere: the
                   same edges in other heads of layers at most one away (whole heads in random order, of the last one as
@@ -9,10 +6,9 @@ section 8), each drawn by seed:
                   that hold no media and are no queries of the cut
     other heads   the same edges in as many heads: for each that is cut one outside the set, at most one layer away
     equal count   as many other keys in the same heads, where three times as many other keys exist
-    a fraction    some of the cut's own keys; smaller fractions are nested in larger ones
 
-The masses are means over the examples that run together. `ratio` says how much of the cut's mass a control removes; one
-that is not within a quarter of it (`matches`) is no control and is not measured.
+The masses are means over the examples that run together. A control whose mass is not within a quarter of the cut's
+(`matches`) is none and is not measured.
 """
 
 from collections.abc import Mapping, Sequence

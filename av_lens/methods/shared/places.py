@@ -1,15 +1,7 @@
 """The places that a method visits in turn: positions by words, which axes are iterated, and how positions are cut.
 
-A flow names where information comes from and where it goes: `"video -> generation"` is what the queries at the
-generation position read from the video's keys. `sinks` stands for the media positions that the questioner reads far
-more than others (protocol section 3, `core.attention_mass.sink_positions`); `a - b` leaves positions out.
-
-"head", "layer head"    every head of every layer
-"layer"                 every layer
-"layer span"            every role's positions
-"layer pos"             every position
-"layer window:0.5s"     the media of every half second (the model's clock)
-"layer box:4x4"         every box of 4 x 4 picture tokens, at all times together
+In a flow (`"video -> generation"`) `sinks` stands for the positions of protocol section 3, and `a - b` leaves positions
+out. A window's seconds are on the model's clock; a box holds its picture tokens at all times together.
 """
 
 from __future__ import annotations
@@ -86,11 +78,9 @@ Place = tuple[Any, tuple[int, ...]]  # A label and positions that are edited tog
 
 @dataclass(frozen=True)
 class Axes:
-    """What is iterated: layers, heads or sets of them, and how positions are cut.
+    """What is iterated: layers, heads or sets of them (`unit`), and how positions are cut (`places`, `seconds`, `box`).
 
-    `unit` is "layer", "head", "group", "layers", "pair" or "coalition", `width` the layers of a window or the orders of
-    a coalition; `places` is the axis of positions, None where all are edited together, `seconds` and `box` the size of
-    its windows and boxes.
+    `width` is the layers of a window, or the orders of a coalition; without `places` all positions are edited together.
     """
 
     unit: str = "layer"
@@ -174,11 +164,7 @@ class Axes:
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """What is edited in turn: every target (heads of layers) at every place.
-
-    `dims` labels the targets, `labels` the places; `orders` are the random orders whose growing sets are the targets of
-    a coalition.
-    """
+    """What is edited in turn: every target at every place; a coalition's are the growing sets of its `orders`."""
 
     axes: Axes
     component: str
