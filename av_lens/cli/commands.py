@@ -166,7 +166,7 @@ def compare(
     options: dict[str, Any] = {"sites": named, "s": s, "seed": seed, "layout": layout, "captions": captions}
     with console.bars() as bars:
         options |= {"out": out, "progress": bars, "told": console.say}
-        found = compare_them(*sides, listed, models=(own[0], own[1]), **options)
+        found = compare_them(sides[0], sides[1], listed, models=(own[0], own[1]), **options)
     _say_found(found, console.change_table(found), console.node_table(found))
     found.save(make_folder(out) / "comparison.nc")
     console.say_path(found.report(out / "comparison.html"))

@@ -277,7 +277,7 @@ class Isolation(Brief):
         """All that is named in one table: `heads`, and after them `mlps` with head -1."""
         if not len(self.mlps):
             return self.heads
-        return pd.concat([self.heads, self.mlps.assign(head=-1)], ignore_index=True)[list(self.heads.columns)]
+        return pd.concat([self.heads, self.mlps.assign(head=-1)], ignore_index=True).reindex(columns=self.heads.columns)
 
     @property
     def suppressors(self) -> pd.DataFrame:

@@ -182,7 +182,7 @@ def _rule(found: Isolation, rows: Sequence[int], *, held_out: bool = False) -> I
     sources = found.provenance.get("sources")
     if sources is None:
         raise InputError("A's record does not name its conflicts' sources: an older av_lens wrote it. Isolate A again.")
-    members = [Member(name, *sources[name], "") for name in table["id"]]
+    members = [Member(name, sources[name][0], sources[name][1], "") for name in table["id"]]
     said, none = found.protocol, [""] * len(members)
     halves = Halves(tuple(table["half"]), tuple(table["component"]), said["seed"], said["halves"]["rule"])
     deal = Dealt([], members, halves, list(zip(none, none, strict=True)), none, (), said["protocol"])

@@ -89,7 +89,7 @@ def confirm_all(
             if mlps := searched.mlps.get(site):
                 here = (row for row in searched.named if row.site == site)
                 released = {row.at for row in here if row.role in (*RELEASING, FEEDER)}
-                by_donor = dict.fromkeys(PRIMARY_DONORS, sorted(released))
+                by_donor: dict[str, list[Node]] = dict.fromkeys(PRIMARY_DONORS, sorted(released))
                 again.evidence = hold(chunks[site], again.evidence, mlps, by_donor)
                 again.tests = run_tests(again.evidence, s=s, family=family, seed=seed + 1)
             held.sites[site] = again
