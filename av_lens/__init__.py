@@ -30,9 +30,9 @@ _HOMES = {
         "families.registry": "register_family",
         "model": "HookedAVLLM load",
         "interventions": "Site Plan add cut mean noise replace scale zero",
-        "metrics": "logit_diff",
+        "metrics": "logit_diff measure",
         "core": "run",
-        "replay": "Trace measure sweep",
+        "replay": "Trace sweep",
         "methods": "attention_flow attribution_patch caption causal_trace direct_attribution edge_attribution "
         "find_circuit find_sinks knockout logit_lens patch path_patch probe steer",
         "results": "Grid Isolation",
@@ -87,10 +87,10 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from av_lens.methods import probe as probe
     from av_lens.methods import steer as steer
     from av_lens.metrics import logit_diff as logit_diff
+    from av_lens.metrics import measure as measure
     from av_lens.model import HookedAVLLM as HookedAVLLM
     from av_lens.model import load as load
     from av_lens.replay import Trace as Trace
-    from av_lens.replay import measure as measure
     from av_lens.replay import sweep as sweep
     from av_lens.results import Grid as Grid
     from av_lens.results import Isolation as Isolation

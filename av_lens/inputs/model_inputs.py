@@ -171,6 +171,12 @@ class AVInputs:
         """1 at every position: layouts are never padded together."""
         return self.tensors["attention_mask"]
 
+    @property
+    def media_hashes(self) -> list[list[str]]:
+        """Of each example the hashes of its picture and sound: examples that share any are one cluster."""
+        both = [() if clip is None else (clip.picture_hash, clip.sound_hash) for clip in self.clips]
+        return [[found for found in hashes if found is not None] for hashes in both]
+
     def keys(self) -> KeysView[str]:
         """List the names of the tensors, so that `hf_model(**x)` and `dict(x)` are its keyword arguments.
 

@@ -110,7 +110,7 @@ def reached(row: Mapping[str, float], record: Mapping[str, Any]) -> float:
 
 def grows_with(stage: str, heads: int) -> str:
     """Say what a stage's operations grow with; on confirmation only the heads named on discovery are measured."""
-    asked = re.match(r"exact effects of (\d+) nodes", stage)
+    asked = re.match(r"exact effects of (\d+) (?:nodes|heads)", stage)
     if asked and int(asked[1]) < heads:
         return SETS
     return next((kind for begins, kind in GROWTH.items() if stage.startswith(begins)), SETS)

@@ -35,9 +35,8 @@ from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan
 from av_lens.methods.shared.frame import SIGNS, Examples, Frame, Given, Stack, numbers, scored
 from av_lens.methods.shared.places import Axes, Head, Visits, positions_of, shapley
-from av_lens.metrics import Metric, require_numbers
+from av_lens.metrics import Metric, measure, require_numbers
 from av_lens.model import HookedAVLLM
-from av_lens.replay import measure
 from av_lens.replay.traces import record, require_routing
 from av_lens.results import Grid
 from av_lens.spans import Span

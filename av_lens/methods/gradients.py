@@ -33,13 +33,12 @@ from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan, Site
 from av_lens.methods.shared.frame import SIGNS, Examples, Frame, Given, Stack, held_layers, numbers, scored
 from av_lens.methods.shared.places import Axes, Place, Visits, positions_of
-from av_lens.metrics import Metric, require_numbers
+from av_lens.metrics import Metric, measure, require_numbers
 from av_lens.model import HookedAVLLM
 from av_lens.replay.held import require_restart
 from av_lens.replay.rerun import layer_of
 from av_lens.replay.stacks import read_with
 from av_lens.replay.suffix_gradients import SuffixGradients
-from av_lens.replay.sweeps import measure
 from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
 from av_lens.spans import Span

@@ -25,14 +25,17 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.brief import Brief
+from av_lens.core.execution import logits_of
 from av_lens.errors import InputError
 from av_lens.inputs.answers import answer_pair, resolve
+from av_lens.interventions import Plan
 from av_lens.metrics.forms import (
     Asked,
     Each,
     Forms,
     combined,
     filled,
+    followed,
     n_examples,
     notes_on,
     padded,
@@ -344,3 +347,45 @@ def divergence(
     target = reference[:, -shared:].to(logits.device).double().log_softmax(-1)
     found = logits[:, -shared:].double().log_softmax(-1)
     return (target.exp() * (target - found)).sum(-1).mean(-1).to(logits.dtype)
+
+
+def measure(
+    model: Any, x: Any, metric: Metric | Callable[..., Any], *, plan: Plan | None = None
+) -> Float[Tensor, " batch"]:
+    """Measure a metric on every example of an input.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`, one example or a stack.
+        metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
+        plan: edits to be made.
+
+    Returns:
+        One number for each example.
+
+    Raises:
+        InputError: answers that cannot be told apart, or a metric that returns one number for the batch.
+        InterventionError: the plan does not fit, or an edit did not fire.
+    """
+    bound = as_metric(metric, model, x)
+
+    def logits(inputs: Any, rows: list[int]) -> Tensor:
+        compiled = (plan or Plan()).compile(model.spec, inputs.spans, batch=len(inputs))
+        with torch.no_grad():
+            found = logits_of(model, inputs, compiled.fwd_hooks, torch.tensor(rows))
+        compiled.verify()
+        return found
+
+    asked = x.spans.generation_position
+    reduced = [
+        bound.reduce(i, logits(followed(x, tokens), list(range(asked, asked + tokens.shape[1]))))
+        for i, tokens in enumerate(bound.continuations(len(x)))
+    ]
+    return bound.combine(reduced) if reduced else bound(logits(x, [asked]))
+
+
+def sources(x: Any, i: int) -> list[str]:
+    """The media an example was made of: examples that share any are one cluster."""
+    clip = x.clips[i]
+    hashes = [] if clip is None else [clip.picture_hash, clip.sound_hash]
+    return [found for found in hashes if found is not None]

@@ -5,14 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from av_lens.core.budget import Progress, watched
-from av_lens.core.execution import logits_of
 from av_lens.errors import InputError
 from av_lens.interventions import Plan
-from av_lens.metrics.forms import followed
 from av_lens.metrics.metric import Metric, as_metric, require_numbers
 from av_lens.replay.traces import Trace, measure_plans
 from av_lens.results.grid import Grid
@@ -82,54 +78,12 @@ def sweep(
         found[1:].T,
         axes={"plan": labels},
         baseline=found[0],
-        clusters=linked([sources(one.x, i) for one in traces for i in range(one.batch)]),
+        clusters=linked([media for one in traces for media in one.x.media_hashes]),
         metric=bound.name,
         unit=bound.unit,
         direction="each plan on the recorded run; positive: the plan raises the metric",
         provenance=stamp(method="sweep", model=model.name, partial=stopped, **bound.provenance()),
     )
-
-
-def measure(
-    model: Any, x: Any, metric: Metric | Callable[..., Any], *, plan: Plan | None = None
-) -> Float[Tensor, " batch"]:
-    """Measure a metric on every example of an input.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`, one example or a stack.
-        metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
-        plan: edits to be made.
-
-    Returns:
-        One number for each example.
-
-    Raises:
-        InputError: answers that cannot be told apart, or a metric that returns one number for the batch.
-        InterventionError: the plan does not fit, or an edit did not fire.
-    """
-    bound = as_metric(metric, model, x)
-
-    def logits(inputs: Any, rows: list[int]) -> Tensor:
-        compiled = (plan or Plan()).compile(model.spec, inputs.spans, batch=len(inputs))
-        with torch.no_grad():
-            found = logits_of(model, inputs, compiled.fwd_hooks, torch.tensor(rows))
-        compiled.verify()
-        return found
-
-    asked = x.spans.generation_position
-    reduced = [
-        bound.reduce(i, logits(followed(x, tokens), list(range(asked, asked + tokens.shape[1]))))
-        for i, tokens in enumerate(bound.continuations(len(x)))
-    ]
-    return bound.combine(reduced) if reduced else bound(logits(x, [asked]))
-
-
-def sources(x: Any, i: int) -> list[str]:
-    """The media an example was made of: examples that share any are one cluster."""
-    clip = x.clips[i]
-    hashes = [] if clip is None else [clip.picture_hash, clip.sound_hash]
-    return [found for found in hashes if found is not None]
 
 
 def interrupted(scores: torch.Tensor) -> str:

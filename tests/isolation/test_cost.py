@@ -45,7 +45,7 @@ def bench(model, n=8):
 
 def test_behaviour_is_fourteen_cells_a_conflict():
     assert works(SIZE)["behaviour"].cells == 14 * 10
-    assert expected(Prices(cell=2, edit=0, figure=0), SIZE).parts["behaviour"] == 260
+    assert expected(Prices(cell=2, edit=0, figure=0), SIZE).parts["behaviour"] == 280
 
 
 def test_effects_are_every_request_of_every_head_in_a_cell_and_its_mirror():

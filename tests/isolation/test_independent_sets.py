@@ -90,7 +90,7 @@ def test_the_search_for_a_set(seed, quick):
 def test_games_need_pairs():
     """What the agreement is about: pairs find what the best head alone does not, in some draw."""
     different = 0
-    for seed in range(8):
+    for seed in range(24):
         rule = drawn_game(seed, [theirs_of(node) for node in NODES])
         found = [
             best_set(lambda m, r=rule: r(frozenset(map(theirs_of, m))), NODES, DELTA, pairs=p) for p in (True, False)

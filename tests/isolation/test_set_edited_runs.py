@@ -17,7 +17,8 @@ from av_lens.isolation.measuring.engine import LATER as LATER_MLPS
 from av_lens.isolation.measuring.engine import MLP, ModelEngine
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
-from av_lens.isolation.sets.search import in_context, video_attention
+from av_lens.isolation.sets.members import in_context
+from av_lens.isolation.sets.search import video_attention
 from av_lens.isolation.sets.sets import BuiltSet, SetReleases, release_of_sets
 from av_lens.media import Clip
 from av_lens.model import load

@@ -39,8 +39,7 @@ from av_lens.isolation.measuring.effects import Request, measure_requests
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.sets.sets import release_of_sets
-from av_lens.metrics import logit_diff
-from av_lens.replay import measure
+from av_lens.metrics import logit_diff, measure
 
 M = logit_diff(letter("a"), letter("v"))
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
@@ -268,7 +267,7 @@ def bench():
 
 def effects(base, donor, *, freeze=False):
     wanted = Request(base, donor, freeze=freeze)
-    return measure_requests(bench(), [wanted], heads=HEADS, examples=np.array([0]))[wanted].margin[0]
+    return measure_requests(bench(), [wanted], heads=HEADS, examples=np.array([0]))[wanted].margin[0][:, :-1]
 
 
 RELEASES = {

@@ -18,8 +18,7 @@ from av_lens.families.decoder import hook_name
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import edge_attribution
-from av_lens.metrics import each, logit_diff, rank
-from av_lens.replay import measure
+from av_lens.metrics import each, logit_diff, measure, rank
 from av_lens.results import EdgeScores
 from av_lens.spans import Span
 

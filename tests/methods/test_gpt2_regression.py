@@ -31,8 +31,7 @@ from transformer_lens.tools.analysis import direct_logit_attribution
 import av_lens as avl
 from av_lens.core.budget import ModelSpec
 from av_lens.interventions import Plan, Site, cut, replace
-from av_lens.metrics import logit_diff
-from av_lens.replay import measure
+from av_lens.metrics import logit_diff, measure
 from av_lens.spans import SpanMap
 
 N_LAYERS, N_HEADS, D_MODEL = 3, 12, 96

@@ -17,8 +17,7 @@ from av_lens.families.decoder import hook_name
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import attribution_patch, edge_attribution, patch
-from av_lens.metrics import each, log_prob, logit_diff, rank
-from av_lens.replay import measure
+from av_lens.metrics import each, log_prob, logit_diff, measure, rank
 from av_lens.replay.stacks import read_with
 
 METRIC = logit_diff(letter("a"), letter("b"))

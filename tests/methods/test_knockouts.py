@@ -15,8 +15,7 @@ from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, cut
 from av_lens.methods import knockout
 from av_lens.methods.shared.matched_cuts import EdgeCut, prefix
-from av_lens.metrics import logit_diff
-from av_lens.replay import measure
+from av_lens.metrics import logit_diff, measure
 
 METRIC = logit_diff(letter("a"), letter("b"))
 

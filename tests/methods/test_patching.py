@@ -15,9 +15,8 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.methods import patch
-from av_lens.metrics import each, logit_diff
+from av_lens.metrics import each, logit_diff, measure
 from av_lens.model import short_names
-from av_lens.replay import measure
 
 METRIC = logit_diff(letter("a"), letter("b"))
 

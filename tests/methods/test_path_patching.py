@@ -12,8 +12,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions.edges import KV, Node, receivers, senders
 from av_lens.methods import path_patch
-from av_lens.metrics import logit_diff
-from av_lens.replay import measure
+from av_lens.metrics import logit_diff, measure
 
 
 def check(found, sender, receiver, via=(), *, mlps, at=None, direction="denoise", norms="recomputed"):

@@ -19,8 +19,7 @@ from av_lens.methods import causal_trace
 from av_lens.methods.shared.frame import Given
 from av_lens.methods.shared.places import Axes
 from av_lens.methods.tracing import _How, _Job, _largest_error
-from av_lens.metrics import each, logit_diff
-from av_lens.replay import measure
+from av_lens.metrics import each, logit_diff, measure
 from av_lens.replay.traces import record
 
 METRIC = logit_diff(letter("a"), letter("b"))

@@ -11,8 +11,8 @@ from av_lens.core import run
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace, zero
-from av_lens.metrics import log_prob, logit_diff, rank
-from av_lens.replay import measure, measure_plans
+from av_lens.metrics import log_prob, logit_diff, measure, rank
+from av_lens.replay import measure_plans
 
 DOG, SIREN = Answer("dog", ((70, 71, 72),)), Answer("siren", ((75, 76),))
 

@@ -19,8 +19,8 @@ from av_lens.interventions import Plan, Site, zero
 from av_lens.isolation.measuring.behaviour import answered
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.methods.base_model.grafting import graft
-from av_lens.metrics import each, log_prob, logit_diff, prob
-from av_lens.replay import measure, sweep
+from av_lens.metrics import each, log_prob, logit_diff, measure, prob
+from av_lens.replay import sweep
 
 WORDS = ("siren", "dog")
 

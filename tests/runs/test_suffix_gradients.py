@@ -14,8 +14,7 @@ from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.families.decoder import COMPONENTS, hook_name
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, add, cut, replace, scale, zero
-from av_lens.metrics import kl, log_prob, logit_diff, rank
-from av_lens.replay import measure
+from av_lens.metrics import kl, log_prob, logit_diff, measure, rank
 from av_lens.replay.rerun import RESTARTABLE
 
 LAYOUTS = ("in_video", "separate")

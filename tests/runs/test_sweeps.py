@@ -13,8 +13,8 @@ from av_lens.core.budget import watched
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, cut, zero
-from av_lens.metrics import each, log_prob, logit_diff
-from av_lens.replay import measure, sweep
+from av_lens.metrics import each, log_prob, logit_diff, measure
+from av_lens.replay import sweep
 
 METRIC = logit_diff(letter("a"), letter("b"))
 DOG, CAT = Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),))

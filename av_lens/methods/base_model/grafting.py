@@ -43,10 +43,10 @@ from av_lens.inputs.pairs import shared_positions, without_sound
 from av_lens.interventions import Plan, cut
 from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers, scored
 from av_lens.methods.shared.places import Axes, Visits
-from av_lens.metrics import Metric, require_numbers
+from av_lens.metrics import Metric, measure, require_numbers
 from av_lens.model import HookedAVLLM
 from av_lens.model.loading import load
-from av_lens.replay import measure, measure_plans
+from av_lens.replay import measure_plans
 from av_lens.replay.traces import record
 from av_lens.results import Grid
 from av_lens.results.provenance import stamp

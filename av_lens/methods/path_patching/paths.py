@@ -24,9 +24,8 @@ from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.edges import Node
 from av_lens.interventions.edits import resolve_positions
-from av_lens.metrics import Metric
+from av_lens.metrics import Metric, measure
 from av_lens.metrics.forms import followed
-from av_lens.replay import measure
 from av_lens.replay.held import Change, HeldRun, replaced, require_restart
 from av_lens.replay.rerun import layer_of
 from av_lens.replay.traces import Trace, record

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from av_lens.interventions import Edit, Plan, Site, replace
 from av_lens.methods.shared.places import Edited
 from av_lens.metrics import Metric, as_metric
 from av_lens.replay import measure_plans
-from av_lens.replay.sweeps import interrupted, sources
+from av_lens.replay.sweeps import interrupted
 from av_lens.replay.traces import Trace
 from av_lens.results import Grid
 from av_lens.results.provenance import linked, stamp
@@ -94,7 +95,7 @@ class Examples:
     def clusters(self) -> tuple[int, ...]:
         """The cluster of each example: those that share a clip are one."""
         sides = [(pair.clean, pair.corrupt) for pair in self.pairs] or [(x,) for x in self.inputs]
-        return linked([[s for x in one for s in sources(x, i)] for one in sides for i in range(len(one[0]))])
+        return linked([[*chain(*each)] for one in sides for each in zip(*(x.media_hashes for x in one), strict=True)])
 
     @property
     def questions(self) -> list[str]:
