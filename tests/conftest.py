@@ -9,9 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
+import checker
+import jaxtyping
 
-install_import_hook("av_lens", "checker.typechecker")
+jaxtyping.jaxtyped = checker.checked  # what the hook writes above every function of the package
+jaxtyping.install_import_hook("av_lens", "checker.typechecker")
 
 import pytest
 

@@ -12,6 +12,8 @@ from av_lens.errors import ProtocolError
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.results.record import Isolation
 
+SHORT = {"quick": True, "named_only": True}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -153,7 +155,7 @@ def test_nothing_to_explain_stops_the_search():
     assert found.verdict.startswith("Exploratory, no verdict. No suppression: hearing falls from G = 7.00")
     assert found.heads.empty
     assert not any("discovery/suffix" in key for key in found.arrays)
-    on = isolated(engine, fake_conflicts(48), s=0.1, gate="report")
+    on = isolated(engine, fake_conflicts(48), s=0.1, gate="report", **SHORT)
     assert on.verdict_kind == "no suppression"
     assert "not interpretable" in on.stamps
     assert not len(on.suppressors)
@@ -165,7 +167,7 @@ def test_nothing_to_explain_stops_the_search():
 
 
 def test_interference_is_told_from_dominance():
-    found = isolated(FakeModel(writer=2.0, opponent=0.5), fake_conflicts(48), s=0.1)
+    found = isolated(FakeModel(writer=2.0, opponent=0.5), fake_conflicts(48), s=0.1, **SHORT)
     assert "Interference, not dominance" in found.verdict  # C = 4 - 2 - .5 = 1.5
 
 
@@ -193,7 +195,7 @@ def test_what_would_say_neither_word_is_refused():
         ProtocolError, match=r"the model would say neither word here: the median of P\(sound's answer\)"
     ):
         isolated(Mumbling(), fake_conflicts(48), s=0.1)
-    found = isolated(Mumbling(), fake_conflicts(48), s=0.1, gate="report")
+    found = isolated(Mumbling(), fake_conflicts(48), s=0.1, gate="report", **SHORT)
     assert "not interpretable" in found.stamps
     assert any("neither word" in reason for reason in found.reasons)
 
@@ -214,7 +216,7 @@ def test_incompetent_conflicts_are_left_out_and_too_many_are_refused():
 
     with pytest.raises(ProtocolError, match=r"are competent .* at least 20 in each half"):
         isolated(Blind(), fake_conflicts(48), s=0.1)
-    found = isolated(Blind(), fake_conflicts(48), s=0.1, gate="report")
+    found = isolated(Blind(), fake_conflicts(48), s=0.1, gate="report", **SHORT)
     assert "not interpretable" in found.stamps
 
 
@@ -226,7 +228,7 @@ def test_wrong_names_are_refused_with_the_nearest():
 
 
 def test_two_sites_share_one_family():
-    found = isolated(FakeModel(), fake_conflicts(44), s=0.1, sites=("suffix", "generation"))
+    found = isolated(FakeModel(), fake_conflicts(44), s=0.1, sites=("suffix", "generation"), **SHORT)
     assert found.protocol["family"] == 2 * (12 * 14 + 3 * 9)
     assert set(found.heads["site"]) == {"suffix", "generation"}
     assert "Confirmed, untested over words (fewer than 8) at suffix, generation:" in found.verdict

@@ -124,10 +124,10 @@ class TestSection2:
         assert not len(found.heads)
 
     def test_past_the_gate_every_page_is_stamped(self):
-        found = run(Muttering(), gate="report")
+        found = run(Muttering(), gate="report", named_only=True)
         assert "not interpretable" in found.stamps
         assert any("would say neither word here" in reason for reason in found.reasons)
-        found = run(FakeModel(writer=0.0, gate=0.0, opponent=0.0), gate="report")
+        found = run(FakeModel(writer=0.0, gate=0.0, opponent=0.0), gate="report", named_only=True)
         assert any("the search went on past the gate: No suppression" in reason for reason in found.reasons)
 
 
@@ -231,22 +231,23 @@ def test_answers_whose_synonyms_overlap_are_refused():
     with pytest.raises(ProtocolError, match=text):
         run(conflicts=conflicts)
     few = [dataclasses.replace(one, answers=answers[i in (3, 7)]) for i, one in enumerate(fake_conflicts(44))]
-    assert list(run(conflicts=few, gate="report").provenance["answers"]["left_out"]) == ["c003", "c007"]
+    found = run(conflicts=few, gate="report", named_only=True)
+    assert list(found.provenance["answers"]["left_out"]) == ["c003", "c007"]
 
 
 def test_a_third_clip_from_the_other_half_is_refused():
     conflicts = fake_conflicts(44)
-    half = isolated(FakeModel(), conflicts, s=0.1, quick=True).conflicts["half"].tolist()
+    half = run(conflicts=conflicts, named_only=True).conflicts["half"].tolist()
     other = next(i for i in range(44) if half[i] != half[0])
     conflicts[0] = dataclasses.replace(conflicts[0], third=conflicts[other].sound)
     with pytest.raises(ProtocolError, match=rf"conflict 'c000' was dealt to {half[0]}.*source clip of {half[other]}"):
         run(conflicts=conflicts)
     conflicts[0] = dataclasses.replace(conflicts[0], third=fake_clip("apart", 5))
-    run(conflicts=conflicts)  # a clip of no conflict's is nobody's
+    run(conflicts=conflicts, named_only=True)  # a clip of no conflict's is nobody's
 
 
 def test_past_the_gate_competence_and_what_is_analysed_are_told_apart():
-    found = run(HardOfHearing(), gate="report")
+    found = run(HardOfHearing(), gate="report", named_only=True)
     assert {"not interpretable", "exploratory"} <= set(found.stamps)
     frame = found.conflicts
     assert frame["analysed"].all()

@@ -107,7 +107,7 @@ def test_quick_leaves_pairs_out_where_the_gap_is_explained_and_its_power_is_of_s
 
 def test_where_nothing_is_found_the_verdict_says_above_what_and_with_what_power():
     engine = FakeModel(writer=0.0, gate=0.0, opponent=0.0)
-    found = isolated(engine, fake_conflicts(N), s=0.1, quick=True, gate="report")
+    found = isolated(engine, fake_conflicts(N), s=0.1, quick=True, named_only=True, gate="report")
     assert found.sets.empty
     assert found.members.empty
     assert not len(found.suppressors)

@@ -154,11 +154,11 @@ def test_components_flip_signs_but_where_they_are_skewed_to_the_left():
 
 def test_type_one_error_where_flips_fail():
     rng = np.random.default_rng(0)
-    x = 1 - rng.exponential(size=(60, 4000))  # skewness -2
+    x = 1 - rng.exponential(size=(60, 1500))  # skewness -2
     rule = Dyadic.of([(str(i),) for i in range(60)])
     t, spread = rule.pivots(x)
     assert (stats.t.sf(t, spread.df) < 0.05).mean() < 0.07
-    assert (sign_flips(x, range(60)).p < 0.05).mean() > 0.075
+    assert (sign_flips(x, range(60)).p < 0.05).mean() > 0.07
 
 
 # ---- drawn again, and power
