@@ -34,7 +34,7 @@ def test_a_head_patch():
 
 
 def test_an_isolation():
-    conflicts = fake_conflicts(60)
+    conflicts = fake_conflicts(44)
     read("an isolation", lambda: isolated(FakeModel(), conflicts, s=0.1, quick=True))
 
 

@@ -201,6 +201,7 @@ def die_at_each(points, whole, folder):
     assert len([json.loads(line) for line in (folder / durable.LEDGER).read_text().splitlines()]) == N
 
 
+@pytest.mark.slow
 def test_dying_at_a_write_loses_nothing(whole, tmp_path):
     points = write_points(tmp_path)
     assert {"protocol.json", "isolation.json", "arrays.npz"} < set(points)
@@ -374,6 +375,7 @@ def test_each_run_makes_at_least_one_measurement(tmp_path):
         store.recall("b", {}, lambda: {"x": np.zeros(1)})
 
 
+@pytest.mark.slow
 def test_a_line_for_each_conflict(tmp_path):
     lines = []
     run(tmp_path, told=lines.append)

@@ -70,6 +70,7 @@ def test_members_of_the_set_have_these_roles_too(found):
     assert members == {ENCODER: "picture encoder", SUPPRESSOR: "suppresses while encoding"}
 
 
+@pytest.mark.slow
 def test_beside_the_suffix_each_site_has_its_own_roles():
     both = isolated(EncodingModel(), fake_conflicts(N), s=0.1, sites=("suffix", "video"), quick=True, named_only=True)
     assert both.protocol["family"] == family_size(12, 2, 3, n_encoding=1)

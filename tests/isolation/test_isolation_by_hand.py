@@ -166,6 +166,7 @@ def test_nothing_to_explain_stops_the_search():
     assert "confirmed" not in on.verdict
 
 
+@pytest.mark.slow
 def test_interference_is_told_from_dominance():
     found = isolated(FakeModel(writer=2.0, opponent=0.5), fake_conflicts(48), s=0.1, **SHORT)
     assert "Interference, not dominance" in found.verdict  # C = 4 - 2 - .5 = 1.5
@@ -195,9 +196,6 @@ def test_what_would_say_neither_word_is_refused():
         ProtocolError, match=r"the model would say neither word here: the median of P\(sound's answer\)"
     ):
         isolated(Mumbling(), fake_conflicts(48), s=0.1)
-    found = isolated(Mumbling(), fake_conflicts(48), s=0.1, gate="report", **SHORT)
-    assert "not interpretable" in found.stamps
-    assert any("neither word" in reason for reason in found.reasons)
 
 
 def test_too_few_conflicts_are_refused():
@@ -205,6 +203,7 @@ def test_too_few_conflicts_are_refused():
         isolated(FakeModel(), fake_conflicts(30), s=0.1)
 
 
+@pytest.mark.slow
 def test_incompetent_conflicts_are_left_out_and_too_many_are_refused():
     class Blind(FakeModel):
         def _heads(self, one):
@@ -227,6 +226,7 @@ def test_wrong_names_are_refused_with_the_nearest():
         isolated(FakeModel(), fake_conflicts(48), sites=("sufix",))
 
 
+@pytest.mark.slow
 def test_two_sites_share_one_family():
     found = isolated(FakeModel(), fake_conflicts(44), s=0.1, sites=("suffix", "generation"), **SHORT)
     assert found.protocol["family"] == 2 * (12 * 14 + 3 * 9)

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 from fake_kinds import Deaf, HardOfHearing, Muttering
-from fake_model import FakeConflict, FakeModel, bench_of, fake_clip, fake_conflicts, isolated
+from fake_model import FakeConflict, FakeModel, PaperEngine, bench_of, fake_clip, fake_conflicts, isolated
 from small_av import small_model
 
 from av_lens.errors import ProtocolError
@@ -28,6 +28,11 @@ def run(model=None, conflicts=None, **options):
     options = {"s": 0.1, "quick": True} | options
     conflicts = fake_conflicts(44) if conflicts is None else conflicts
     return isolated(model or FakeModel(), conflicts, **options)
+
+
+def interrupting(line):
+    """Stop a run at its first line: what would be refused before it has not been."""
+    raise InterruptedError(line)
 
 
 def worded(*answers):
@@ -208,11 +213,8 @@ class TestSection7:
         with pytest.raises(ProtocolError, match=text):
             run()
 
-        def told(line):
-            raise InterruptedError(line)  # the first edition says so, and would go on
-
         with pytest.raises(InterruptedError, match=r"^Power: 22 components on discovery are too few for 1000000 tests"):
-            run(protocol="1", told=told)
+            run(protocol="1", told=interrupting)  # the first edition says so, and would go on
 
     def test_an_edition_that_there_is_not(self):
         with pytest.raises(ProtocolError, match=r"unknown edition of the protocol '3'"):
@@ -237,13 +239,16 @@ def test_answers_whose_synonyms_overlap_are_refused():
 
 def test_a_third_clip_from_the_other_half_is_refused():
     conflicts = fake_conflicts(44)
-    half = run(conflicts=conflicts, named_only=True).conflicts["half"].tolist()
+    options = preparing.Options(("suffix",), 0.1, "stop", 0, "in_video", True)
+    made = preparing.prepared(FakeModel(), conflicts, options, engine=PaperEngine(FakeModel()), progress=None)
+    half = made.halves.half
     other = next(i for i in range(44) if half[i] != half[0])
     conflicts[0] = dataclasses.replace(conflicts[0], third=conflicts[other].sound)
     with pytest.raises(ProtocolError, match=rf"conflict 'c000' was dealt to {half[0]}.*source clip of {half[other]}"):
         run(conflicts=conflicts)
     conflicts[0] = dataclasses.replace(conflicts[0], third=fake_clip("apart", 5))
-    run(conflicts=conflicts, named_only=True)  # a clip of no conflict's is nobody's
+    with pytest.raises(InterruptedError, match=r"^Power: "):
+        run(conflicts=conflicts, told=interrupting)  # a clip of no conflict's is nobody's
 
 
 def test_past_the_gate_competence_and_what_is_analysed_are_told_apart():

@@ -166,6 +166,6 @@ def test_what_is_not_mirrored_is_refused_or_left_out_in_words():
         isolated(Mirrored(), conflicts, suppressed="pictures")
     blind = Mirrored(writer=0.0, gate=0.0, opponent=0.0)
     ones = [dataclasses.replace(c, sound=c.picture, picture=c.sound, answers=c.answers[::-1]) for c in conflicts]
-    found = isolated(blind, ones, s=0.1, suppressed="picture")
+    found = isolated(blind, ones, s=0.1, suppressed="picture", quick=True)
     assert "No suppression: seeing falls from G = 7.00" in found.verdict
     assert "v_muted 44, a_muted 44, blank_a (hear) 44, blank_v (hear) 44" in found.verdict

@@ -135,8 +135,9 @@ class Spread(FakeModel):
         return self.known[one]
 
 
+@pytest.mark.slow
 def test_suppression_spread_over_many_heads_is_told_with_their_number():
-    found = isolated(Spread(), fake_conflicts(70), s=0.3, quick=True)  # stacks of 18 and 17
+    found = isolated(Spread(), fake_conflicts(44), s=0.3, quick=True)  # stacks of 18 and 4
     assert found.verdict_kind == "spread"
     assert found.summary["heads for half of the gap"] == 5  # 5 of 9 x 1.0 is the first above half of 9
     assert "the 5 heads of largest single release together restore half of the gap (" in found.verdict

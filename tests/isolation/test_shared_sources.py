@@ -79,6 +79,7 @@ def test_what_holds_on_clips_and_not_over_words_is_told(monkeypatch):
     assert "did not hold" not in found.verdict
 
 
+@pytest.mark.slow
 def test_few_words_are_said_to_be_untested():
     found = run(fake_conflicts(44, n_classes=6))
     assert "Confirmed, untested over words (fewer than 8) at suffix: " in found.verdict
