@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from organism_conflicts import drawn_conflicts
 from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 from av_lens.errors import ProtocolError
@@ -246,18 +248,10 @@ def test_the_whole_run_goes_through_on_random_weights_and_says_so(model):
 def test_planted_heads_are_found_first_and_alone_and_a_balanced_model_names_none(name):
     from importlib.resources import files
 
-    from av_lens import organism
-
     folder = files("av_lens") / "organism" / "checkpoints" / name
     if not (folder / "model.safetensors").is_file():
         pytest.skip(f"{name} is not shipped yet")
-    classes = list(organism.classes())
-    rng = np.random.default_rng(0)
-    listed = []
-    for i in range(48):
-        a, v = (classes[j] for j in rng.permutation(len(classes))[:2])
-        sound, picture = organism.clip(a, seed=1000 + 2 * i), organism.clip(v, seed=1001 + 2 * i)
-        listed.append(Conflict(sound=sound, picture=picture, question="What do you hear?", answers=(a, v)))
+    listed = [replace(one, id=None) for one in drawn_conflicts(48)]
     found = isolate(load(name), listed, gate="report")
     named = [(row.layer, row.head) for row in found.suppressors.itertuples()]
     if name == "av-tiny-balanced":

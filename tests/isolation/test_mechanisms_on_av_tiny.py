@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+from organism_conflicts import drawn_conflicts
 
-from av_lens import organism
-from av_lens.inputs import Conflict
 from av_lens.isolation import isolate
 from av_lens.model import load
 
@@ -19,16 +17,7 @@ GATES, WRITERS = ((4, 6), (4, 7)), ((4, 2), (4, 3))
 
 @pytest.fixture(scope="module")
 def found():
-    classes = list(organism.classes())
-    rng = np.random.default_rng(0)
-    conflicts = []
-    for i in range(48):
-        a, v = (classes[j] for j in rng.permutation(len(classes))[:2])
-        sound, picture = organism.clip(a, seed=1000 + 2 * i), organism.clip(v, seed=1001 + 2 * i)
-        conflicts.append(
-            Conflict(sound=sound, picture=picture, question="What do you hear?", answers=(a, v), id=f"c{i}")
-        )
-    return isolate(load("av-tiny"), conflicts, quick=True)
+    return isolate(load("av-tiny"), drawn_conflicts(48), quick=True)
 
 
 def of(found, head, part):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from organism_conflicts import drawn_conflicts
 
-from av_lens import organism
-from av_lens.inputs import Conflict
 from av_lens.isolation import isolate
 from av_lens.model import load
 from av_lens.results.record import RELEASING
@@ -17,14 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def conflicts():
-    classes = list(organism.classes())
-    rng = np.random.default_rng(1)
-    found = []
-    for i in range(120):
-        a, v = (classes[j] for j in rng.permutation(len(classes))[:2])
-        sound, picture = organism.clip(a, seed=3000 + 2 * i), organism.clip(v, seed=3001 + 2 * i)
-        found.append(Conflict(sound=sound, picture=picture, question="What do you hear?", answers=(a, v), id=f"c{i}"))
-    return found
+    return drawn_conflicts(120, seed=1, first=3000)
 
 
 def randomised(seed):

@@ -34,26 +34,10 @@ def made(kind, **parts):
 
 @pytest.fixture(scope="module")
 def bench():
-    clips = [small_clip(seed) for seed in range(4)]
+    asked = {"question": "What?", "prefix": "x", "describe": "Say."}
     conflicts = [
-        avl.Conflict(
-            sound=clips[0],
-            picture=clips[1],
-            question="What?",
-            answers=(letter("a"), letter("b")),
-            prefix="x",
-            describe="Say.",
-            id="one",
-        ),
-        avl.Conflict(
-            sound=clips[2],
-            picture=clips[3],
-            question="What?",
-            answers=(letter("c"), letter("a")),
-            prefix="x",
-            describe="Say.",
-            id="two",
-        ),
+        avl.Conflict(sound=small_clip(i), picture=small_clip(i + 1), answers=tuple(map(letter, said)), id=name, **asked)
+        for i, said, name in ((0, "ab", "one"), (2, "ca", "two"))
     ]
     return Bench(ModelEngine(small_model()), conflicts, Candidates.of(conflicts, small_model().tokenizer))
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from organism_conflicts import drawn_conflicts
 
-from av_lens import organism
-from av_lens.inputs import Conflict
 from av_lens.isolation import isolate
 from av_lens.model import load
 
@@ -15,14 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def conflicts():
-    classes = list(organism.classes())
-    rng = np.random.default_rng(0)
-    found = []
-    for i in range(120):  # a verdict needs 60 in each half; with fewer, members are not confirmed
-        a, v = (classes[j] for j in rng.permutation(len(classes))[:2])
-        sound, picture = organism.clip(a, seed=1000 + 2 * i), organism.clip(v, seed=1001 + 2 * i)
-        found.append(Conflict(sound=sound, picture=picture, question="What do you hear?", answers=(a, v), id=f"c{i}"))
-    return found
+    return drawn_conflicts(120)  # a verdict needs 60 in each half; with fewer, members are not confirmed
 
 
 def test_av_tiny_has_a_small_set_that_restores_most_of_the_gap(conflicts):
