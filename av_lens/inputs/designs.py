@@ -16,7 +16,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -272,6 +272,7 @@ def _usable(
     """The clips that can stand in a conflict; of the others, why not."""
     found: list[Labelled] = []
     seen: set[ClipFile] = set()
+    words: dict[str, set[str]] = defaultdict(set)
     for number, row in enumerate(rows):
         if progress is not None:
             progress("looking at clips", number, len(rows))
@@ -284,7 +285,10 @@ def _usable(
         seen.add(clip)
         said = {name: str(row[name]) for name in ("caption", "source") if row.get(name) is not None}
         found.append(Labelled(clip=clip, event=event, **said))
-    return found
+        words[event].add(event if row.get("label") is None else lexicon.own_word(str(row["label"])) or event)
+    # One word an event: where all its labels are one word ("bell"), that is what the model is asked for.
+    named = {event: its.pop() if len(its) == 1 else event for event, its in words.items()}
+    return [replace(one, event=named[one.event]) for one in found]
 
 
 def _event(row: Mapping[str, Any], lexicon: Lexicon) -> tuple[str, str]:

@@ -96,6 +96,10 @@ class Lexicon:
             raise InputError(unknown("event", word, self._owner))
         return found
 
+    def own_word(self, label: str) -> str:
+        """Give a label back in plain letters if it is a word for its event itself, and no data set's class; else ""."""
+        return _plain(label) if _letters(label) not in self._class and _plain(label) in self._owner else ""
+
     def found(self, text: str) -> list[Match]:
         """Find the events that a text names."""
         return [Match(self._owner[_plain(m[1])], *m.span()) for m in self._pattern.finditer(text)]

@@ -50,6 +50,23 @@ def test_disjoint_uses_each_clip_once_and_as_many_as_can_be(folder):
     assert {word for line in made.lines for word in line["answers"]} == {"dog", "bells", "rain", "typewriter"}
 
 
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (("bell", "Bell", "drum"), {"bell", "drum"}),
+        (("bell", "bells", "drum"), {"bells", "drum"}),
+        (("bell", "church_bells", "drum"), {"bells", "drum"}),
+    ],
+)
+def test_a_label_that_all_clips_of_a_kind_have_is_the_answer(clip_file, tmp_path, labels, words):
+    rows = []
+    for i, label in enumerate(labels):
+        shutil.copy(clip_file, tmp_path / f"{i}.mp4")
+        rows.append({"file": f"{tmp_path}/{i}.mp4", "label": label})
+    made = design_conflicts(rows)
+    assert {word for line in made.lines for word in line["answers"]} == words
+
+
 @pytest.mark.parametrize("design", ["permutation", "assignment"])
 def test_an_exchange_uses_every_sound_and_every_picture(folder, design):
     made = design_conflicts(folder, design=design)
