@@ -273,8 +273,7 @@ def _seconds(packet: Any, zero: Fraction) -> float | None:
     return None if stamp is None or not packet.time_base else float(stamp * Fraction(packet.time_base) - zero)
 
 
-_MOST_CLIPS = 16
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -332,7 +331,7 @@ class ClipFile:
         with _LOCK:
             _LAST.pop(key, None)
             _LAST[key] = clip
-            while len(_LAST) > _MOST_CLIPS or sum(map(_size, _LAST.values())) > _MOST_BYTES:
+            while _LAST and sum(map(_size, _LAST.values())) > _MOST_BYTES:
                 _LAST.pop(next(iter(_LAST)))
         return clip
 

@@ -187,29 +187,28 @@ def _signs(n: int, flips: int, seed: int, step: int) -> Iterator[np.ndarray]:
 
 def sign_flips(values: np.ndarray, components: Sequence[int], *, family: int | None = None, seed: int = 0) -> Flips:
     """Test that means are above 0, flipping the signs of whole components."""
-    shape = values.shape[1:]
-    flat = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
-    measured = ~np.isnan(flat).all(0)
+    whole = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    measured = ~np.isnan(whole).all(0)
+    flat = np.nan_to_num(whole[:, measured])
     groups, group = np.unique(np.asarray(components), return_inverse=True)
     sums = np.zeros((len(groups), flat.shape[1]))
-    np.add.at(sums, group, np.nan_to_num(flat))
+    np.add.at(sums, group, flat)
     scale = np.sqrt((sums**2).sum(0))
     sums = sums / np.where(scale > 0, scale, 1.0)
     seen = sums.sum(0)
     exact = len(groups) <= MOST_EXACT
-    flips = 2 ** len(groups) if exact else max(9999, math.ceil(10 * (family or flat.shape[1]) / 0.05))
-    count, count_max = np.zeros(flat.shape[1]), np.zeros(flat.shape[1])
+    flips = 2 ** len(groups) if exact else max(9999, math.ceil(10 * (family or whole.shape[1]) / 0.05))
+    counts = np.zeros((2, flat.shape[1]))
     step = max(1, _CHUNK // max(1, flat.shape[1]))
     near = seen - 1e-9
-    for signs in _signs(len(groups), flips, seed, step):
+    for signs in _signs(len(groups), flips, seed, step) if flat.size else ():
         drawn = signs @ sums
-        count += (drawn >= near).sum(0)
-        if measured.any():
-            largest = np.sort(drawn[:, measured].max(1))
-            count_max += len(largest) - np.searchsorted(largest, near, side="left")
-    counts = np.stack([count, count_max])
-    p = np.where(measured, counts / flips if exact else (counts + 1) / (flips + 1), np.nan)
-    return Flips(p[0].reshape(shape), p[1].reshape(shape), flips, exact)
+        counts[0] += (drawn >= near).sum(0)
+        largest = np.sort(drawn.max(1))
+        counts[1] += len(largest) - np.searchsorted(largest, near, side="left")
+    p = np.full((2, *values.shape[1:]), np.nan)
+    p.reshape(2, -1)[:, measured] = counts / flips if exact else (counts + 1) / (flips + 1)
+    return Flips(p[0, ...], p[1, ...], flips, exact)
 
 
 def benjamini_hochberg(p: np.ndarray, *, family: int | None = None) -> np.ndarray:

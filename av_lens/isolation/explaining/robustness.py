@@ -21,10 +21,10 @@ from av_lens.core.modes import in_precision, other_precision
 from av_lens.errors import AvLensError
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.bench import Bench, in_order
-from av_lens.isolation.measuring.effects import ROLE_ESTIMANDS, figures, measure_requests, mirrored, requests
+from av_lens.isolation.measuring.effects import ROLE_ESTIMANDS, figures, mirrored, requests
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS, ModelEngine, Node
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.naming.evidence import Searched, hold, with_means
+from av_lens.isolation.naming.evidence import Searched, hold, measured, with_means
 from av_lens.isolation.naming.roles import Evidence, Named, adjust, classify, run_tests
 from av_lens.isolation.sets.sets import head_names
 from av_lens.results.dyadic import drawn_again
@@ -134,10 +134,10 @@ def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
     C, G = (
         in_order(chunks, half.examples, lambda one, base=base: mirrored(base, one.margin)) for base in ("va", "blank_a")
     )
-    wanted, stage = requests(chunks, names=ROLE_ESTIMANDS), f"robustness: {variant.name}"
-    nodes = known.searched.sites[site].evidence.measured
-    effects = measure_requests(chunks, wanted, heads=nodes, examples=half.examples, stage=stage)
-    found = Evidence(figures(effects), dataclasses.replace(half, G=G, C=C), other.mlps, chunks[0].encoding)
+    half, wanted = dataclasses.replace(half, G=G, C=C), requests(chunks, names=ROLE_ESTIMANDS)
+    nodes, floor = known.searched.sites[site].evidence.measured, known.searched.s if other.mlps else None
+    effects = measured(chunks, half, nodes, wanted, floor=floor, stage=f"robustness: {variant.name}")
+    found = Evidence(figures(effects), half, other.mlps, chunks[0].encoding)
     mlps = known.searched.mlps.get(site, ())
     found = hold(chunks, found, mlps, dict.fromkeys(PRIMARY_DONORS, nodes if mlps else []))
     for chunk in chunks:

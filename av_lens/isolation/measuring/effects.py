@@ -124,6 +124,15 @@ ROLE_ESTIMANDS = (
     ENCODES,
 )
 """What suppressors' roles are told by."""
+_OF_ALL = ("reads picture", "reads sound", "sufficiency", "silenced", "carries")
+OF_ALL = frozenset(
+    request
+    for one in ESTIMANDS
+    if one.name in _OF_ALL or (one.name == "release" and one.donor in PRIMARY_DONORS)
+    for request in (one.plus, one.minus)
+    if request is not None
+)
+"""What is run for every node; the rest tells what a release is made of, and is run where one may be large."""
 
 
 def figures(effects: Mapping[Request, Effect]) -> dict[tuple[str, str], PerNode]:
@@ -280,9 +289,12 @@ def measure_requests(
     heads: Sequence[Node],
     examples: Int[np.ndarray, " example"],
     stage: str = "",
+    into: dict[Request, Effect] | None = None,
 ) -> dict[Request, Effect]:
-    """Run all requests for all heads on all conflicts, mirrored; rows are in the examples' order."""
-    out = {request: Effect.unmeasured(len(examples), chunks[0]) for request in wanted}
+    """Run all requests for all heads on all conflicts, mirrored, beside what is known; rows in the examples' order."""
+    out = {} if into is None else into
+    for request in wanted:
+        out.setdefault(request, Effect.unmeasured(len(examples), chunks[0]))
     layers, columns = (np.array([head[axis] for head in heads]) for axis in (0, 1))
     total, done = 2 * len(wanted) * len(heads) * len(chunks), 0
 

@@ -167,8 +167,8 @@ class _Keeping(Taps):
         return found
 
 
-STREAM_BYTES, TRACE_BYTES = 2.5e8, 4e9
-"""Memory for the streams of plans that run together; for the trace of one stack."""
+STREAM_BYTES, TRACE_BYTES, KEPT_BYTES = 2.5e8, 4e9, 5e8
+"""Memory for the streams of plans that run together; for the trace of one stack; for one that is not made again."""
 
 
 class ModelEngine:
@@ -183,6 +183,7 @@ class ModelEngine:
             raise ProtocolError(unknown("engine", how, ("trace", "hooks")))
         require_known_layers(model, "isolating heads")
         self.model, self.how, self.layout = model, how, layout
+        self._restarts = how == "trace"  # until a run of this model says that it cannot
         if is_packed(model.hf_model):  # heads are told by what they write
             weight_of(layer_of(model, 0).o)
         self.cell_options = dict(cells or {})
@@ -204,15 +205,22 @@ class ModelEngine:
 
     def record(self, inputs: AVInputs, positions: Int[np.ndarray, " site"], under: Values | None = None) -> Recording:
         """Run a stack, under edits of nodes or none, keeping every node's output from the site on."""
-        window, last = np.arange(positions[0], inputs.spans.generation_position + 1), self.n_layers - 1
-        places = product(OUTPUTS, range(self.n_layers))
+        window = np.arange(positions[0], inputs.spans.generation_position + 1)
+        trace = self.model.trace(inputs) if self._restarts and not under else None
+        self._restarts = self._restarts and (trace is None or not trace.hooked_because)
+        if trace is not None and self._restarts:
+            made, parts = self._kept(trace, Plan(), window)
+            small = record_bytes(self.model, inputs) <= KEPT_BYTES
+            final = made.stream(made.n_layers, int(window[-1]))[:, 0]
+            return Recording(inputs, positions, window, self._read(final), parts, final, trace=trace if small else None)
+        places, last = product(OUTPUTS, range(self.n_layers)), self.n_layers - 1
         sites = [Site(part, layer, positions=window.tolist()) for part, layer in places]
         sites.append(Site("resid_post", last, positions=window[-1:].tolist()))
         with torch.no_grad():  # what is kept was never bounded: it is the trace that `together` counts
             plan = Plan(edits_at(positions, under or {}))
-            made = run(self.model, inputs, plan=plan, capture=sites, budget_gb=math.inf)
-        parts = {part: torch.stack([made.cache[part, one] for one in range(self.n_layers)]) for part in OUTPUTS}
-        logits, final = made.logits[:, 0].float().clone(), made.cache["resid_post", last][:, 0].clone()
+            hooked = run(self.model, inputs, plan=plan, capture=sites, budget_gb=math.inf)
+        parts = {part: torch.stack([hooked.cache[part, one] for one in range(self.n_layers)]) for part in OUTPUTS}
+        logits, final = hooked.logits[:, 0].float().clone(), hooked.cache["resid_post", last][:, 0].clone()
         return Recording(inputs, positions, window, logits, parts, final, under or {})
 
     def record_edited(self, recording: Recording, values: Values) -> Recording:
@@ -222,20 +230,29 @@ class ModelEngine:
             again = self.record(recording.inputs, recording.site, whole)
             return dataclasses.replace(again, trace=recording.trace)
         trace.require_standing()
-        compiled = recording.plan(values).compile(trace.model.spec, trace.spans, batch=trace.batch)
-        taps = _Keeping([compiled], start_of(trace, compiled))
-        edited = rerun(trace, taps)
-        compiled.verify()
+        edited, kept = self._kept(trace, recording.plan(values), recording.window)
         final = edited.stream(edited.n_layers, int(recording.window[-1]))[:, 0]
-        with torch.no_grad():
-            logits = unembedded(self.model, final).float()
-        inside = torch.from_numpy(recording.window - taps.offset).to(final.device)
-        parts = {
-            part: torch.stack([*recording.parts[part][: -len(kept)], *(kept[one][:, inside] for one in sorted(kept))])
-            for part, kept in taps.kept.items()
-        }
-        changed = {"logits": logits, "parts": parts, "final": final, "under": whole, "trace": edited}
+        parts = {part: torch.cat([recording.parts[part][: -len(new)], new]) for part, new in kept.items()}
+        changed = {"logits": self._read(final), "parts": parts, "final": final, "under": whole, "trace": edited}
         return dataclasses.replace(recording, **changed)
+
+    def _kept(
+        self, trace: Trace, plan: Plan, window: Int[np.ndarray, " window"]
+    ) -> tuple[Trace, dict[str, Float[Tensor, "layer batch window ..."]]]:
+        """Restart a recorded run under a plan: the new run, and its nodes' outputs from the first edited layer on."""
+        compiled = plan.compile(self.model.spec, trace.spans, batch=trace.batch)
+        if not len(plan):
+            compiled = dataclasses.replace(compiled, first_layer=0, first_position=int(window[0]))
+        taps = _Keeping([compiled], start_of(trace, compiled))
+        made = rerun(trace, taps)
+        compiled.verify()
+        inside = torch.from_numpy(window - taps.offset).to(made.model.device)
+        parts = {part: torch.stack([kept[one][:, inside] for one in sorted(kept)]) for part, kept in taps.kept.items()}
+        return made, parts
+
+    def _read(self, final: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_vocab"]:
+        with torch.no_grad():
+            return unembedded(self.model, final).float()
 
     def trace(self, recording: Recording) -> Trace:
         """Give the recorded run that restarts begin from, made when first needed and kept with the recording."""

@@ -14,6 +14,8 @@ from av_lens.isolation.measuring.bench import Bench, Chunk
 from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import (
     DLA,
+    OF_ALL,
+    Effect,
     PerNode,
     Request,
     direct_writes,
@@ -102,13 +104,50 @@ class Searched:
 def gather(
     chunks: list[Chunk], half: Half, heads: Sequence[Node], *, site: str, s: float, family: int, seed: int
 ) -> SiteEvidence:
-    """Measure and test the effects of some nodes at one site on one half."""
+    """Measure and test the effects of some nodes at one site on one half; on confirmation all of each."""
     stage = f"exact effects of {len(heads)} nodes at {site}, {half.name}"
-    wanted = requests(chunks)
-    effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, stage=stage)
+    floor = None if half.name == CONFIRMATION or not chunks[0].bench.mlps else s
+    effects = measured(chunks, half, heads, requests(chunks), floor=floor, stage=stage)
     written = {DLA: direct_writes(chunks, half.examples)}
     found = Evidence(figures(effects) | written, half, chunks[0].bench.mlps, chunks[0].encoding)
     return SiteEvidence(site, chunks, found, roles.run_tests(found, s=s, family=family, seed=seed))
+
+
+def measured(
+    chunks: Sequence[Chunk],
+    half: Half,
+    nodes: Sequence[Node],
+    wanted: Sequence[Request],
+    *,
+    floor: float | None,
+    stage: str,
+) -> dict[Request, Effect]:
+    """Run `OF_ALL` for all nodes, and the rest where a release may reach a share of G (None: for all nodes)."""
+    first = [one for one in wanted if floor is None or one in OF_ALL]
+    effects = measure_requests(chunks, first, heads=nodes, examples=half.examples, stage=stage)
+    return effects if floor is None else completed(effects, chunks, half, nodes, wanted, s=floor)
+
+
+def completed(
+    effects: dict[Request, Effect],
+    chunks: Sequence[Chunk],
+    half: Half,
+    nodes: Sequence[Node],
+    wanted: Sequence[Request],
+    *,
+    s: float,
+) -> dict[Request, Effect]:
+    """Add what was not run for all nodes, for those of which some release's upper bound is not below delta."""
+    at = tuple(np.array(nodes).T)
+    large = np.zeros(len(nodes), dtype=bool)
+    for donor in PRIMARY_DONORS:
+        if (request := Request("va", donor)) in effects:
+            release = effects[request].margin[:, *at]
+            large |= ~(np.isnan(release).all(0) | (half.boot.mean(release).high < half.delta(s)))
+    some = [node for node, one in zip(nodes, large, strict=True) if one]
+    rest = [one for one in wanted if one not in OF_ALL] if some else []
+    stage = f"what the effects of {len(some)} nodes at {chunks[0].site} are made of, {half.name}"
+    return measure_requests(chunks, rest, heads=some, examples=half.examples, stage=stage, into=effects)
 
 
 def gather_screened(
@@ -119,22 +158,25 @@ def gather_screened(
     screens = screen.screen(screen.guesses(chunks, half.examples), bench.nodes)
     ids = [str(bench.conflicts[int(i)].id) for i in half.examples]
     parts = screen.looks_of(half.examples, ids, seed)
-    found = Evidence({}, half, bench.mlps, chunks[0].encoding)
+    found, effects = Evidence({}, half, bench.mlps, chunks[0].encoding), dict[Request, Effect]()
+    wanted = requests(chunks)
+    first = [one for one in wanted if one in OF_ALL]
     for number, part in enumerate(parts):
         heads = sorted(set(screens) - set(stopped))
         some = [one for chunk in chunks for one in chunk.taken(part)]
         if not some or not heads:
             continue
         stage = f"exact effects of {len(heads)} nodes at {site}, {half.name}, look {number + 1}"
-        made = figures(measure_requests(some, requests(chunks), heads=heads, examples=half.examples, stage=stage))
-        before = found.figures or made
-        found = replace(found, figures={key: np.where(np.isnan(of), made[key], of) for key, of in before.items()})
+        measure_requests(some, first, heads=heads, examples=half.examples, stage=stage, into=effects)
+        found = replace(found, figures=figures(effects))
         if number < len(screen.LOOKS):
             more = screen.futile(found, heads, s=s)
             stopped += more
             told.append(f"{len(more)} at {screen.LOOKS[number]:.0%}")
+    going_on = sorted(set(screens) - set(stopped))
+    effects = completed(effects, chunks, half, going_on, wanted, s=s) if going_on else effects
     written = {DLA: direct_writes(chunks, half.examples)}
-    found = replace(found, figures={**found.figures, **written}, stopped=tuple(sorted(stopped)))
+    found = replace(found, figures=figures(effects) | written, stopped=tuple(sorted(stopped)))
     tests = roles.run_tests(found, s=s, family=family, seed=seed)
     note = (
         f"Of {len(bench.nodes)} nodes a screen by gradients chose {len(screens)} at {site}; the others were not "

@@ -23,7 +23,7 @@ from av_lens.core.modes import other_precision, weights_bytes
 from av_lens.errors import UnfinishedError
 from av_lens.isolation.measuring.behaviour import RIGHT
 from av_lens.isolation.measuring.bench import Chunk
-from av_lens.isolation.measuring.effects import Request, edited_scores, requests
+from av_lens.isolation.measuring.effects import OF_ALL, Request, edited_scores, requests
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.store import GO_ON, Measured
 from av_lens.isolation.naming.roles import ALL_NODES
@@ -38,15 +38,15 @@ MOST_PROBED = 64
 # What depends on what is found, and what is no edit or cell of its own, in the prices of these: as av-tiny took it.
 GRADIENT = 6
 """A backward pass through all layers, in edits (which start half way up)."""
-NAMED = 6
-"""Heads that are measured on confirmation."""
+NAMED, LARGE = 6, 0.25
+"""Heads that are measured on confirmation; the share of nodes that may be large, and are measured whole."""
 AGAIN, VARIED_CELLS = 12, 8
 """Cells that a half is run in again for its effects; in a variant of robustness."""
 PAIR, STEPS, CLIMBS = 0.7, 6, 2
 """A pair's price in edits; steps of a climb; climbs a donor where there are pairs, less what they share."""
 UNITS, EXPLAINED = 60, 74
 """Edits a layer for the larger units; cells a conflict for cards, cuts, routes, what is known, and the repair."""
-VARIANTS, VARIED, BOOTSTRAPS = 6, 0.75, 1600
+VARIANTS, VARIED, BOOTSTRAPS = 6, 0.38, 1600
 """Robustness: variants that are searched again, the share of the effects that they need, figures a head of 50 draws."""
 TESTS, COLUMNS = 1000, 160
 """Figures a head for its intervals and tests; for behaviour."""
@@ -93,13 +93,14 @@ class Work:
 def works(size: Size) -> dict[str, Work]:
     """List what every part takes, in the protocol's order; without what a run leaves out as asked."""
     asked, both, candidates = 2 * len(requests()), size.discovery + size.confirmation, n_candidates(size.heads)
-    measured = min(size.heads, ALL_NODES)
-    heads = measured * size.discovery + min(NAMED, size.heads) * size.confirmation
+    measured, of_all = min(size.heads, ALL_NODES), 2 * len(OF_ALL)
+    every = (of_all + LARGE * (asked - of_all)) * measured * size.discovery
+    named = asked * min(NAMED, size.heads) * size.confirmation
     pairs = 0 if size.quick else PAIR * candidates * (candidates - 1) / 2
     climbs = STEPS * measured * (1 if size.quick else CLIMBS)
     out = {
         "behaviour": Work(cells=len(RIGHT) * size.conflicts, figures=COLUMNS),
-        "effects": Work(AGAIN * both, size.sites * asked * heads, size.sites * TESTS * size.heads),
+        "effects": Work(AGAIN * both, size.sites * (every + named), size.sites * TESTS * size.heads),
         "sets": Work(edits=len(PRIMARY_DONORS) * 2 * size.discovery * (pairs + climbs)),
         "confirmation": Work(cells=AGAIN * size.confirmation, edits=2 * RANDOM_SETS * size.confirmation),
     }
