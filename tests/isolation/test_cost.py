@@ -48,12 +48,14 @@ def test_behaviour_is_fourteen_cells_a_conflict():
     assert expected(Prices(cell=2, edit=0, figure=0), SIZE).parts["behaviour"] == 280
 
 
-def test_effects_are_every_request_of_every_head_in_a_cell_and_its_mirror():
+def test_effects_are_the_requests_of_every_head_in_a_cell_and_its_mirror():
     work = works(SIZE)["effects"]
-    # On discovery all 4 heads (of many 64), on confirmation the named ones: as many as av-tiny names, or all.
-    assert work.edits == 2 * len(cost.requests()) * (4 * 5 + 4 * 5)
+    # On discovery all 4 heads (of many 64), a quarter of them whole; on confirmation the named ones, all of each.
+    whole, of_all = 2 * len(cost.requests()), 2 * len(cost.OF_ALL)
+    discovered = 0.75 * of_all + 0.25 * whole
+    assert work.edits == discovered * 4 * 5 + whole * 4 * 5
     many = Size(conflicts=10, discovery=5, confirmation=5, heads=100, layers=2)
-    assert works(many)["effects"].edits == 2 * len(cost.requests()) * (64 * 5 + cost.NAMED * 5)
+    assert works(many)["effects"].edits == discovered * 64 * 5 + whole * cost.NAMED * 5
     assert "screen" in works(many)
     assert "screen" not in works(SIZE)
     two = Size(conflicts=10, discovery=5, confirmation=5, heads=4, layers=2, sites=2)

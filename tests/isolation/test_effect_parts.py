@@ -89,7 +89,9 @@ def test_a_new_estimand_with_a_new_donor_is_one_row(monkeypatch):
     new = Estimand("hears another", "vv", Request("va", "vv"))
     monkeypatch.setattr(estimands, "ESTIMANDS", (*estimands.ESTIMANDS, new))
     assert Request("va", "vv") in requests()
-    chunks = benched(ModelEngine(FakeModel(noise=0.0))).chunks(range(N))
+    engine = ModelEngine(FakeModel(noise=0.0))
+    engine.everything = True
+    chunks = benched(engine).chunks(range(N))
     for chunk in chunks:
         chunk.means = Means.over(chunks)
     of = [(0, 0), WRITER]
@@ -306,3 +308,22 @@ def test_the_mean_of_many_bfloat16_outputs_is_their_mean():
     rounded = means.donor("va", means.sound[:1], means.picture[:1])
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=2**-8, atol=1e-3)
+
+
+def test_what_is_run_where_a_release_may_be_large_names_whom_everything_names(tmp_path):
+    """The same rows, p and q as of a run of all figures for all nodes; the others' shares are not measured."""
+    few, whole = ModelEngine(FakeModel(noise=0.3)), ModelEngine(FakeModel(noise=0.3))
+    whole.everything = True
+    one, all_of_it = (searched(engine, tmp_path / name)[0] for engine, name in ((few, "few"), (whole, "whole")))
+    assert [replace(row, p_maxt=0.0) for row in one.named] == [replace(row, p_maxt=0.0) for row in all_of_it.named]
+    assert {row.at for row in one.named} >= {GATE, WRITER, OPPONENT}
+    here, there = one.first.evidence, all_of_it.first.evidence
+    small = ~np.isnan(there["direct", "zero"]).all(0) & np.isnan(here["direct", "zero"]).all(0)
+    assert small.any()
+    assert not any(small[node] for node in (GATE, WRITER, OPPONENT))
+    assert (there.largest_release[small] < there.half.delta(one.s)).all()
+    for key, values in here.figures.items():
+        known = ~np.isnan(values)
+        np.testing.assert_allclose(values[known], there.figures[key][known], atol=1e-5, err_msg=str(key))
+    for name in ("reads picture", "sufficiency", "silenced", "carries"):
+        assert (np.isnan(here[name]) == np.isnan(there[name])).all()

@@ -317,6 +317,7 @@ def test_the_mirrored_question(model, small):
     plain = Plain(small.plain.model, small.cases, small.plain.tokens, suppressed="picture")
     read = [mirrored_conflict(one) for one in small.bench.conflicts]
     engine = EncodedOnce(model, small.cases, "picture")
+    engine.everything = True
     bench = Bench(engine, read, Candidates.of(read, model.tokenizer))
     one = SimpleNamespace(bench=bench, cases=small.cases, plain=plain, boot=small.boot, rows=small.rows)
     chunks, node = chunks_with_means(one, "suffix"), (4, 7)

@@ -175,6 +175,8 @@ class ModelEngine:
     """Recordings and edited runs of a `HookedAVLLM`; whoever sets `suppressed` hands over mirrored conflicts."""
 
     suppressed = "sound"
+    everything = False
+    """Whether every figure is run for every node, as a bench wants it that scores all nodes by each."""
 
     def __init__(
         self, model: Any, *, how: str = "trace", layout: str = "in_video", cells: Mapping[str, Any] | None = None

@@ -106,10 +106,11 @@ def gather(
 ) -> SiteEvidence:
     """Measure and test the effects of some nodes at one site on one half; on confirmation all of each."""
     stage = f"exact effects of {len(heads)} nodes at {site}, {half.name}"
-    floor = None if half.name == CONFIRMATION or not chunks[0].bench.mlps else s
+    bench = chunks[0].bench
+    floor = None if half.name == CONFIRMATION or not bench.mlps or bench.engine.everything else s
     effects = measured(chunks, half, heads, requests(chunks), floor=floor, stage=stage)
     written = {DLA: direct_writes(chunks, half.examples)}
-    found = Evidence(figures(effects) | written, half, chunks[0].bench.mlps, chunks[0].encoding)
+    found = Evidence(figures(effects) | written, half, bench.mlps, chunks[0].encoding)
     return SiteEvidence(site, chunks, found, roles.run_tests(found, s=s, family=family, seed=seed))
 
 

@@ -59,6 +59,8 @@ IN_LOGITS = (*EXACT, BLANK_PICTURE, AGREEING, "edge cuts", "AtP")
 class SharedEngine(ModelEngine):
     """An engine whose encoded inputs outlive the model: what enters an organism does not depend on its weights."""
 
+    everything = True
+
     def __init__(self, model: Any, encoded: dict[Any, Any]) -> None:
         super().__init__(model)
         self.encoded = encoded
