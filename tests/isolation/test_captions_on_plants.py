@@ -41,6 +41,6 @@ def test_planted_heads_hold_back_captions_as_they_hold_back_the_word(conflicts, 
     assert table.loc["none", "heard"] < 0.5
     assert table.loc["set", "heard"] > table.loc["none", "heard"] + 0.4
     assert found.captions.set_index("arm").loc["set", "low"] > 0
-    assert abs(table.loc["random", "release"]) < 0.1
+    assert abs(table.loc["random", "release"]) < 0.25 * table.loc["set", "release"]
     assert table.loc["see heads", "release"] < table.loc["set", "release"]
     assert np.isfinite(found.caption_correlation())
