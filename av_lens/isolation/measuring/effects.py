@@ -112,26 +112,10 @@ ESTIMANDS: tuple[Estimand, ...] = (
     *(Estimand(FIRST_RELEASE, donor, _c(donor), figure="first") for donor in PRIMARY_DONORS),
     *(Estimand(ENCODES, donor, Request("va", donor, question="see")) for donor in PRIMARY_DONORS),
 )
-ROLE_ESTIMANDS = (
-    "release",
-    "direct",
-    "write",
-    "fall of G",
-    "reads picture",
-    "reads sound",
-    "rise over others",
-    FIRST_RELEASE,
-    ENCODES,
-)
+READS = ("reads picture", "reads sound")
+ROLE_ESTIMANDS = ("release", "direct", "write", "fall of G", *READS, "rise over others", FIRST_RELEASE, ENCODES)
 """What suppressors' roles are told by."""
-_OF_ALL = ("reads picture", "reads sound", "sufficiency", "silenced", "carries")
-OF_ALL = frozenset(
-    request
-    for one in ESTIMANDS
-    if one.name in _OF_ALL or (one.name == "release" and one.donor in PRIMARY_DONORS)
-    for request in (one.plus, one.minus)
-    if request is not None
-)
+OF_ALL = frozenset((*map(_c, (*PRIMARY_DONORS, "wa", "vw", "blank_a")), *map(_g, ("va", "blank_muted"))))
 """What is run for every node; the rest tells what a release is made of, and is run where one may be large."""
 
 
