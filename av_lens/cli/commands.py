@@ -61,15 +61,16 @@ def demo(
     seed: Seed = _DEMO["seed"],
     quick: DemoQuick = _DEMO["quick"],
 ) -> None:
-    """Calibrate on planted heads, then isolate the heads of av-tiny that suppress the sound, and write a report.
+    """Isolate the heads of av-tiny that suppress the sound, calibrate on planted heads, and write a report.
 
-    Exit code 1 if the calibration fails: then the findings are not to be trusted.
+    The verdict is shown and the report begun as soon as the behaviour is known; both grow. Exit code 1 if the
+    calibration fails: then the findings are not to be trusted.
     """
     from av_lens.lab.demonstration import run_demo
 
     console.quiet_loading()
     with console.bars() as bars:
-        shown = run_demo(out, conflicts=conflicts, seed=seed, quick=quick, progress=bars)
+        shown = run_demo(out, conflicts=conflicts, seed=seed, quick=quick, progress=bars, told=console.say)
     console.OUT.print()
     console.OUT.print(f"[bold]calibration[/bold]  {console.cell(shown.calibration.sentence)}", soft_wrap=True)
     _say_found(shown.found)

@@ -5,8 +5,8 @@ Each part is kept once finished, so that an interrupted run goes on where it sto
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ def _loaded(clip: Any) -> Clip:
 
 SUBJECT = "av-tiny"
 PLANTED = "av-tiny-planted"
+GROWING = "The run goes on, and this page grows: open it again later."
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +87,12 @@ def run_demo(
     calibrate_on: int = 48,
     quick: bool = True,
     progress: Progress | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Demonstration:
-    """Calibrate on planted heads, isolate the suppressors of av-tiny, and write the report."""
+    """Isolate the suppressors of av-tiny, calibrate on planted heads, and write the report, which grows meanwhile.
+
+    `told` is called with the verdict as soon as the behaviour is known, and once heads are confirmed.
+    """
     out = Path(out)
     settings = {"conflicts": conflicts, "calibrate_on": calibrate_on, "seed": seed, "quick": quick}
     weights = {name: weights_key(name) for name in (SUBJECT, PLANTED)}  # new ones are never given old numbers
@@ -98,13 +103,22 @@ def run_demo(
         listed = read_conflicts(clips / "pairs.jsonl")[:first]
         isolate(load(name), listed, progress=named(progress, name), seed=seed, **options).save(folder)
 
+    def page(found: Isolation, **options: Any) -> Path:
+        playable = {str(name): clips / conflict_file(str(name)) for name in found.conflicts["id"]}
+        return write_bundle(found, out, clips=playable, caveats=organism_caveats(SUBJECT), **options)
+
+    def grown(found: Isolation) -> None:
+        if told is not None:
+            told(f"so far: {found.verdict}")
+        page(replace(found, reasons=(*found.reasons, GROWING)))
+
+    searching = partial(isolated, name=SUBJECT, first=conflicts, quick=quick, grown=grown)
+    found = Isolation.load(parts.ensure("isolation", searching))
     calibrating = partial(isolated, name=PLANTED, first=min(calibrate_on, conflicts), quick=True, named_only=True)
-    calibrated = parts.ensure("calibration", calibrating)
-    found = Isolation.load(parts.ensure("isolation", partial(isolated, name=SUBJECT, first=conflicts, quick=quick)))
-    calibration = calibrate(Isolation.load(calibrated), planted_truth(PLANTED), model=PLANTED)
-    playable = {str(name): clips / conflict_file(str(name)) for name in found.conflicts["id"]}
+    calibrated = Isolation.load(parts.ensure("calibration", calibrating))
+    calibration = calibrate(calibrated, planted_truth(PLANTED), model=PLANTED)
     begun = time.monotonic()
-    report = write_bundle(found, out, calibration=calibration, clips=playable, caveats=organism_caveats(SUBJECT))
+    report = page(found, calibration=calibration)
     seconds = {**parts.seconds, "report": time.monotonic() - begun}
     write_whole(out / "seconds.json", json.dumps(seconds, indent=1))
     return Demonstration(found=found, calibration=calibration, report=report, seconds=seconds)

@@ -289,7 +289,8 @@ def test_demo_says_calibration_verdict_heads_and_where_the_report_is(run, tmp_pa
     from av_lens.lab import demonstration
     from av_lens.lab.calibration import calibrate
 
-    def shown(out, *, conflicts, seed, quick, progress):
+    def shown(out, *, conflicts, seed, quick, progress, told):
+        told("The picture dominates, so far.")
         progress("writing conflict clips", conflicts, conflicts)
         found = planted_isolation(seed)
         calibration = calibrate(found, {planted: "picture writer"})
@@ -303,6 +304,7 @@ def test_demo_says_calibration_verdict_heads_and_where_the_report_is(run, tmp_pa
     assert ("calibration failed" in result.stderr) == (not good)
     outcome = "(L5 H2) came out on top" if good else "(L0 H0) did not all come out on top"
     assert "writing conflict clips: 50 in " in said
+    assert said.index("The picture dominates, so far.") < said.index("calibration")
     assert f"calibration The head planted in av-tiny-planted {outcome}" in said
     assert "verdict (exploratory) Two heads of layer 5 keep the sound from being said" in said
     assert "L5 H3" in said

@@ -20,7 +20,7 @@ from av_lens.isolation.measuring.effects import ESTIMANDS
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming import evidence as searching
 from av_lens.isolation.naming.evidence import SiteEvidence, search
-from av_lens.isolation.naming.roles import HELD, Evidence, confirm, family_size, one_donor_alone, run_tests
+from av_lens.isolation.naming.roles import HELD, Cuts, Evidence, confirm, family_size, one_donor_alone, run_tests
 from av_lens.isolation.sets.confirmation import _over_words
 from av_lens.results.dyadic import WORD, Dyadic
 from av_lens.results.statistics import holm
@@ -217,3 +217,14 @@ def test_who_holds(drawn, n_words):
     at = SiteEvidence("suffix", [], found, tests)
     for row in rows:
         assert said[_over_words(at, row, S)] == over_words(plain, ours_of(row))
+
+
+def test_reads_are_bounded_by_the_rule_that_knows_the_third_clip():
+    figures, half, _ = drawn_half(0, KINDS_DRAWN[0].split())
+    found = Evidence(figures, half, mlps=True)
+    cuts = Cuts.of(found, found.donors, s=S)
+    both = {"reads_picture": found["reads picture"], "reads_sound": found["reads sound"]}
+    both["reads"] = both["reads_picture"] - both["reads_sound"]
+    for name, values in both.items():
+        np.testing.assert_array_equal(getattr(cuts, name).low, half.third.mean(values).low)
+        assert not np.allclose(half.third.mean(values).low, half.boot.mean(values).low, atol=1e-3)

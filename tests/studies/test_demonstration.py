@@ -20,13 +20,16 @@ def stand_in(monkeypatch):
     """Count the searches instead of doing them."""
     calls: list[str] = []
 
-    def search(model, conflicts, *, seed, progress, quick, named_only=False):
+    def search(model, conflicts, *, seed, progress, quick, named_only=False, grown=None):
         calls.append(model)
         assert len(conflicts) == (FEW if model == PLANTED else CONFLICTS)
         progress("effects", 1, 1)
         found = planted_isolation(seed)
         provenance = {**found.provenance, "model": model}
-        return dataclasses.replace(found, conflicts=found.conflicts.head(CONFLICTS), provenance=provenance)
+        found = dataclasses.replace(found, conflicts=found.conflicts.head(CONFLICTS), provenance=provenance)
+        if grown is not None:
+            grown(dataclasses.replace(found, verdict="The picture dominates."))
+        return found
 
     monkeypatch.setattr(demonstration, "load", lambda name: name)
     monkeypatch.setattr(demonstration, "isolate", search)
@@ -36,15 +39,28 @@ def stand_in(monkeypatch):
     return calls
 
 
-def test_calibrates_first_then_isolates_and_reports(stand_in, tmp_path):
-    told = []
-    shown = run_demo(tmp_path, conflicts=CONFLICTS, calibrate_on=FEW, seed=0, progress=lambda *call: told.append(call))
-    assert stand_in == [PLANTED, SUBJECT]
+def test_isolates_then_calibrates_and_the_report_grows_meanwhile(stand_in, tmp_path):
+    told, early = [], []
+
+    def said(line):
+        early.append((line, list(stand_in), (tmp_path / "report.html").exists()))
+
+    def progress(stage, done, total):
+        told.append((stage, done, total))
+        if stage.startswith(PLANTED):
+            text = (tmp_path / "report.html").read_text(encoding="utf-8")
+            assert demonstration.GROWING in text
+            assert "The picture dominates." in text
+
+    shown = run_demo(tmp_path, conflicts=CONFLICTS, calibrate_on=FEW, seed=0, progress=progress, told=said)
+    assert stand_in == [SUBJECT, PLANTED]
+    assert early == [("so far: The picture dominates.", [SUBJECT], False)]
     assert shown.calibration.passed
     assert shown.report == tmp_path / "report.html"
     text = shown.report.read_text(encoding="utf-8")
     assert text.count("data:video/mp4;base64,") == CONFLICTS
     assert shown.calibration.sentence in text
+    assert demonstration.GROWING not in text
     assert "no evidence about real ones" in text
     assert len(list((tmp_path / "clips").glob("*-conflict.mp4"))) == CONFLICTS
     assert Isolation.load(tmp_path / "numbers").verdict == shown.found.verdict
@@ -62,21 +78,20 @@ def test_goes_on_where_it_stopped(stand_in, tmp_path, monkeypatch):
 
     monkeypatch.setattr(demonstration, "write_bundle", page)
 
-    def stops_at_the_subject(model, conflicts, **options):
-        if model == SUBJECT:
+    def stops_at_the_plant(model, conflicts, **options):
+        if model == PLANTED:
             raise KeyboardInterrupt
         return whole(model, conflicts, **options)
 
-    monkeypatch.setattr(demonstration, "isolate", stops_at_the_subject)
+    monkeypatch.setattr(demonstration, "isolate", stops_at_the_plant)
     with pytest.raises(KeyboardInterrupt):
         run_demo(tmp_path, conflicts=CONFLICTS, calibrate_on=FEW, seed=0)
-    assert stand_in == [PLANTED]
-    assert not (tmp_path / "report.html").exists()
+    assert stand_in == [SUBJECT]
     monkeypatch.setattr(demonstration, "isolate", whole)
     run_demo(tmp_path, conflicts=CONFLICTS, calibrate_on=FEW, seed=0)
-    assert stand_in == [PLANTED, SUBJECT]
+    assert stand_in == [SUBJECT, PLANTED]
     run_demo(tmp_path, conflicts=CONFLICTS, calibrate_on=FEW, seed=0)
-    assert stand_in == [PLANTED, SUBJECT]
+    assert stand_in == [SUBJECT, PLANTED]
     run_demo(tmp_path, conflicts=CONFLICTS, calibrate_on=FEW, seed=1)
     assert len(stand_in) == 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ QUICK_PAIRS = (
 MIRRORED_ONLY = (
     'What explains the named heads is not mirrored: with suppressed="picture" the run ends once they are named.'
 )
+Grown = Callable[[Isolation], None]
 EXPLAINED: dict[str, Callable[[Known], list[dict[str, Any]]]] = {
     "cards": cards,
     "cuts": cut_rows,
@@ -65,6 +65,7 @@ def isolate(
     budget: float | int | None = None,
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
+    grown: Grown | None = None,
     out: str | Path | None = None,
     engine: ModelEngine | None = None,
 ) -> Isolation:
@@ -88,6 +89,7 @@ def isolate(
         budget: stop after so many minutes, with everything kept in `out`; the same call goes on from there.
         progress: called as `progress(stage, done, total)`.
         told: called with lines worth reading: power, what the run will cost, each conflict that is finished.
+        grown: called with the finding as far as it goes: after the behaviour, and once heads and sets are confirmed.
         out: a folder for `protocol.json` (before the first effect), every measurement, and the finding in `numbers`.
         engine: what runs the model, instead of `ModelEngine(model)`.
 
@@ -110,9 +112,7 @@ def isolate(
     with watched as ledger, remembered_towers(run.bench.engine.model):
         if told is not None:
             told(preparing.power_sentence(run.protocol))
-        found = _carried_out(run, ledger, folder)
-        if EXPLORATORY in run.stamps and not run.refused:
-            found = dataclasses.replace(found, verdict=f"Exploratory, no verdict. {found.verdict}")
+        found = _carried_out(run, ledger, folder, grown)
         if folder is not None:
             found.save(folder / RECORD)
     return found
@@ -128,24 +128,30 @@ def _refuse_hooks(model: Any) -> None:
         )
 
 
-def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
+def _carried_out(run: Run, ledger: Ledger, folder: Path | None, grown: Grown | None) -> Isolation:
     started = time.monotonic()
+
+    def so_far(kind: str, sentence: str, **more: Any) -> Isolation:
+        said = f"Exploratory, no verdict. {sentence}" if EXPLORATORY in run.stamps and not run.refused else sentence
+        return finding(run, run.words(kind), run.words(said), seconds=time.monotonic() - started, **more)
+
     _behave(run, ledger, folder)
     kind, sentence = gap_verdict(run.read, run.both[0])
     if kind in ("no suppression", "not established"):
         sentence = f"{sentence} {run.read.competence()}"
         if run.options.gate == "stop":
             run.reasons.append(run.words(sentence))
-            return finding(run, kind, run.words(sentence), seconds=time.monotonic() - started)
+            return so_far(kind, sentence)
         run.go_past(kind, sentence, before="the search went on past the gate: ")
+    if grown is not None:
+        grown(so_far(kind, sentence))
     known = _searched(run, ledger)
     kind, sentence = verdict(run, kind, sentence, known)
     if EXPLORATORY in run.stamps and run.options.protocol != "1" and (plan := planned(known, run.family)):
         run.reasons.append(plan)
-    more = further(run, known)
-    return finding(
-        run, run.words(kind), run.words(sentence), known=known, more=more, seconds=time.monotonic() - started
-    )
+    if grown is not None:
+        grown(so_far(kind, sentence, known=known))
+    return so_far(kind, sentence, known=known, more=further(run, known))
 
 
 def further(run: Run, known: Known) -> Further:
