@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from brute_edges import naive, naive_integral
+from gim_twin import gim
 from small_av import small_clip, small_inputs, small_model
 from tiny import letter, tiny_hf_model, tiny_processor
 
@@ -74,6 +75,20 @@ def test_keys_and_values_are_ungrouped_as_in_a_model_that_has_them_once_for_each
     for (sender, receiver), score in wanted.items():
         got = scores().values.sel(sender=sender, receiver=receiver)
         np.testing.assert_allclose(got.values, score.numpy(), atol=1e-5, err_msg=f"{sender} to {receiver}")
+
+
+def test_the_rules_of_gim_equal_hooks_that_change_one_full_backward_pass():
+    model, found = ungrouped_model(), edge_attribution(ungrouped_model(), pair(), metric=METRIC, variant="gim").values
+    with gim(model):
+        wanted = naive(model, pair().corrupt, pair().clean, METRIC)
+    for (sender, receiver), score in wanted.items():
+        got = found.sel(sender=sender, receiver=receiver)
+        np.testing.assert_allclose(got.values, score.numpy(), atol=1e-5, err_msg=f"{sender} to {receiver}")
+    assert abs(found).max() > 0.01
+    for rule in ("softmax", "norms", "products"):  # each of them is seen
+        with gim(model, **{rule: False}):
+            others = naive(model, pair().corrupt, pair().clean, METRIC)
+        assert max(float((others[edge] - wanted[edge]).abs().max()) for edge in wanted) > 1e-3, rule
 
 
 def test_edges_that_leave_a_sender_sum_to_its_gradient():
