@@ -18,8 +18,8 @@ hide less; the run itself is unchanged:
 
     softmax         as if its scores were divided by 2: with p' = softmax(scores / 2), p' (g - sum p' g)
     norms           the scale that they divide by is a constant (queries' and keys' own, and the final one, too)
-    products        a gradient is shared evenly by the factors: at queries and keys a quarter (scores, then pattern times
-                    values), at values a half, at an MLP's input a half (gate times up)
+    products        factors share the gradient evenly: queries and keys get a quarter (scores, then pattern and values),
+                    values a half, an MLP's input a half (gate times up)
 
 Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
 Different Circuits" (2025); GIM: Edin et al. (2025, 2505.17630).
