@@ -9,7 +9,7 @@ import pytest
 import torch
 from brute_edges import naive, naive_integral
 from gim_twin import gim
-from small_av import small_clip, small_inputs, small_model
+from small_av import small_clip, small_inputs, small_model, ungrouped_model
 from tiny import letter, tiny_hf_model, tiny_processor
 
 import av_lens as avl
@@ -53,18 +53,6 @@ def test_edges_equal_the_definition_computed_naively_under_grouped_keys_and_valu
         seen += len(names)
     assert int(values[0].notnull().sum()) == seen  # every other edge does not exist
     assert float(abs(values).max()) > 0.01
-
-
-@cache
-def ungrouped_model():
-    """The small model with every key-value head written out once for each query head that shares it."""
-    grouped, whole = tiny_hf_model(), tiny_hf_model(n_kv_heads=4)
-    state = grouped.state_dict()
-    for name, tensor in state.items():
-        if "language_model.layers" in name and ("k_proj" in name or "v_proj" in name):
-            state[name] = tensor.unflatten(0, (2, 16)).repeat_interleave(2, dim=0).flatten(0, 1)
-    whole.load_state_dict(state)
-    return avl.load("ungrouped", hf_model=whole, processor=tiny_processor())
 
 
 def test_keys_and_values_are_ungrouped_as_in_a_model_that_has_them_once_for_each_query_head():

@@ -19,13 +19,14 @@ from typing import Any
 
 from av_lens import __version__
 from av_lens.checkpoints import index
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress, named, silent
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.store import measuring_hash
-from av_lens.lab.calibration import TRUTH, read_plant, stage, weights_key
+from av_lens.lab.calibration import BALANCED, TRUTH, read_plant, stage, weights_key
 from av_lens.lab.pages import Parts
 from av_lens.lab.plantbench.methods import IN_LOGITS, METHODS, SITE, SharedEngine, Subject, Table, all_scores, areas
 from av_lens.lab.plantbench.scores import DAMAGE_LAST, damage_last, isolate_score, named_nodes
@@ -37,7 +38,7 @@ from av_lens.whole_files import make_folder, read_object, stored, write_whole
 SPLIT = "test"
 CRITERIA, MODELS, FRESHLY = "plantbench.json", "models", "planted"
 FRESH_SEED = 200_000  # of the first fresh model: no such seed was used in developing
-BALANCED_KIND = "balanced"  # a fresh "model" that is its base
+UNLEARNED = (BALANCED, "mixture", "crosstalk")  # kinds that no training makes; balanced is the base itself
 CODE = ("results/", "lab/calibration.py", "lab/plantbench/methods.py", "lab/plantbench/scores.py")
 """What measures here, beside the rooms that measure everywhere."""
 RULES: dict[str, float | str | None] = {"isolate": None, "isolate, s = .03": "control"}
@@ -85,7 +86,7 @@ def run_plantbench(
     out: str | Path = "av-lens-plantbench",
     fresh: str | Path | None = None,
     bases: Sequence[str] = ("av-tiny-balanced",),
-    conflicts: int = 120,
+    conflicts: int = 72,
     seed: int = 7,
     minutes: float | int | None = None,
     progress: Progress | None = None,
@@ -140,28 +141,28 @@ def benched() -> list[str]:
 
 
 def fresh_recipes(listed: str | Path, bases: Sequence[str], folder: Path) -> list[Recipe]:
-    """Read a list of fresh models, a line each: kind, which of the bases, layer, further arguments of `plant`.
+    """Read a list of fresh models, a line each: kind, which of the bases, layer ("-": the kind's own), gap= and of=.
 
-    A layer "-" is the kind's own; `balanced` is the base itself. Seeds follow the lines, whatever is planted.
+    `of` are the numbers of earlier lines, from 0 on, whose plants are mixed. Seeds follow the lines.
     """
-    from av_lens.lab.planting.kinds import kind_named
+    from av_lens.lab.planting.kinds import KINDS
 
     out: list[Recipe] = []
     for number, line in enumerate(Path(listed).read_text("utf-8").splitlines()):
         kind, which, layer, *more = line.split()
-        if not 0 <= int(which) < len(bases):
-            raise InputError(
-                f"line {number + 1} of {listed} asks for base {which}, and {len(bases)} were given: bases="
-            )
-        seed, base = FRESH_SEED + number, bases[int(which)]
-        name = f"{kind}-b{which}-L{layer}-s{seed}".replace("-L-", "-")
-        if kind == BALANCED_KIND:
+        require_choice("kind of fresh model", kind, (*KINDS, *UNLEARNED))
+        if not int(which) < len(bases):
+            why = f"line {number + 1} of {listed} asks for base {which} and {len(bases)} were given, from 0 on"
+            raise InputError(f"{why}: give a --base for each.")
+        base, options = bases[int(which)], dict[str, Any]({"seed": FRESH_SEED + number})
+        options |= {} if layer == "-" else {"layer": int(layer)}
+        for word, value in (one.split("=") for one in more):
+            options[word] = [out[int(i)].place for i in value.split("+")] if word == "of" else float(value)
+        name = "-".join([kind, f"b{which}", *([] if layer == "-" else [f"L{layer}"]), f"s{options['seed']}"])
+        if kind == BALANCED:
             out.append(Recipe(Path(base).name, base))
-            continue
-        kind_named(kind)
-        options = {"seed": seed, "layer": None if layer == "-" else int(layer)}
-        options |= {word: float(value) for word, value in (one.split("=") for one in more)}
-        out.append(Recipe(name, str(folder / name), kind, base, tuple(options.items())))
+        else:
+            out.append(Recipe(name, str(folder / name), kind, base, tuple(options.items())))
     return out
 
 
@@ -228,9 +229,9 @@ def _scored(
     options: dict[str, Any] = {"gate": "report", "named_only": True, "quick": True, "seed": seed, "progress": progress}
     found, seconds, scores = {}, dict[str, float](), dict[str, Table]()
     for row, s in RULES.items():
-        begun = time.monotonic()
+        begun = time.process_time()
         found[row] = isolate(model, listed, sites=truth.sites, s=s, engine=engine, **options)
-        seconds[row], scores[row] = time.monotonic() - begun, isolate_score(found[row])
+        seconds[row], scores[row] = time.process_time() - begun, isolate_score(found[row])
     first = found["isolate"]
     seconds[DAMAGE_LAST], scores[DAMAGE_LAST] = seconds["isolate"], damage_last(first)
     subject = Subject(model, engine, first)

@@ -109,18 +109,18 @@ class SharedEngine(ModelEngine):
         alone = all(sum(edit.site.head is not None for edit in plan) == 1 for plan in plans)
         base = hashlib.sha256(recording.final.numpy().tobytes() + recording.window.tobytes())
         keys = [_key(base, plan) for plan in plans] if not answers else []
-        begun = time.monotonic()
+        begun = time.process_time()
         new = {key: plan for key, plan in zip(keys, plans, strict=False) if key not in self._known}
         made = super().changed(recording, list(new.values()) if keys else plans, answers)
         for one, key in zip(made, new if keys else plans, strict=True):
             if alone:
                 self.rows += len(one.logits)
-                self.row_seconds += time.monotonic() - begun
+                self.row_seconds += time.process_time() - begun
             if keys:
                 self._known[key] = one
             else:
                 yield one
-            begun = time.monotonic()
+            begun = time.process_time()
         yield from (self._known[key] for key in keys)
 
 
@@ -209,10 +209,10 @@ def all_scores(subject: Subject) -> dict[str, Score]:
     blank = subject.effect("silenced", "blank_a - blank_muted") + subject.effect("release", "blank_muted")
     found |= {BLANK_PICTURE: (blank.mean(0), seconds), "DLA": (-subject.effect("dla", "").mean(0), 0.0)}
     for name, method in MEASURED.items():
-        begun = time.monotonic()
+        begun = time.process_time()
         table = method(subject)
         unscored = np.full((engine.n_layers, engine.n_heads + 1 - table.shape[1]), np.nan)
-        found[name] = np.concatenate([table, unscored], axis=1), time.monotonic() - begun
+        found[name] = np.concatenate([table, unscored], axis=1), time.process_time() - begun
     return found
 
 

@@ -205,7 +205,7 @@ def tables(record: Mapping[str, Any]) -> list[tuple[str, Table]]:
     ]
     found = [
         ("What was asked for", asked_table(models, record["criteria"]["must"])),
-        ("Every method on the planted models", (["method", *COLUMNS, "s a model"], methods if planted else [])),
+        ("Every method on the planted models", (["method", *COLUMNS, "CPU s a model"], methods if planted else [])),
         ("CPR and CMD of every method's order of nodes", (["method", *AREAS], circuits if planted else [])),
         ("AUROC by what was planted", groups_table(models, "auroc")),
         ("Precision at k by what was planted", groups_table(models, "precision at k")),
