@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from planted_record import G, planted_isolation
 
+from av_lens.isolation.sets.confirmation import ONE_DONOR
 from av_lens.lab.calibration import PlantTruth, mask_of, truth_of
 from av_lens.lab.plantbench.scores import (
     average_precision,
@@ -104,7 +105,7 @@ def test_nodes_are_heads_and_mlps_and_what_one_donor_alone_shows_is_struck():
     found = planted_isolation()
     assert isolate_score(found).shape == (found.n_layers, found.n_heads + 1)
     assert np.isnan(isolate_score(found)[:, -1]).all()  # this record has no MLP
-    mlp = found.heads.head(1).assign(role="gate", layer=6, status="replicated, one donor alone", confirmed=False)
+    mlp = found.heads.head(1).assign(role="gate", layer=6, status=ONE_DONOR, confirmed=False, would_confirm=False)
     more = dataclasses.replace(found, mlps=mlp.drop(columns="head"))
     named = {(row["layer"], row["head"]): row for row in named_nodes(more)}
     assert named[6, -1] | {"flags": "", "donor": ""} == {

@@ -52,7 +52,7 @@ MUST = {
     "isolate | planted | confirmed false": "at most 2 of 40",
     "isolate | null | confirmed false": "at most 1 of 24",
     "isolate | mlp | mlp alone": "at least 5 of 6",
-    "isolate | planted | screened": 0.97,
+    "isolate | wide | screened": 0.97,
     "isolate, s = .03 | mixture | precision at k": 0.80,
     "isolate, s = .03 | planted | confirmed false": "at most 8 of 40",
 }
