@@ -230,9 +230,11 @@ def test_the_fresh_models_are_fixed_before_the_first_is_made(
     staged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     listed, planted = tmp_path / "fresh.txt", list[tuple[str, dict[str, Any]]]()
-    listed.write_text("writers 0 4\nbalanced 1 -\nmixture 0 - gap=.4 of=0\n")
+    listed.write_text("writers 0 4\nbalanced 1 -\nmixture 0 - gap=.4 of=0\ngates 0 1\n")
 
     def plant(kind: str, *, out: str, **options: Any) -> None:
+        if kind == "gates":
+            raise InputError("there is no room.")
         del options["progress"]
         planted.append((kind, options))
         Path(out).mkdir(parents=True)
@@ -250,6 +252,8 @@ def test_the_fresh_models_are_fixed_before_the_first_is_made(
     ]
     assert [Path(one).name for one in staged] == ["writers-b0-L4-s200000", bases[1], "mixture-b0-s200002"]
     assert found.criteria["fresh"][0] == "writers 0 4"
+    assert found.missing == ["gates-b0-L1-s200003 (cannot be made: there is no room.)"]
+    assert "Not scored: gates-b0-L1-s200003 (cannot" in plantbench_pages.header_line(plantbench_pages.record_of(found))
     listed.write_text("writers 0 4\n")
     with pytest.raises(InputError, match=r"other criteria \(fresh\)"):
         plantbench.run_plantbench(out=out, fresh=listed, bases=bases)

@@ -66,7 +66,7 @@ class Scored:
     folder: Path  # where it is
     criteria: dict[str, Any]  # what was written down before the first model was scored
     models: list[dict[str, Any]]  # one entry for each model that was scored, in the order asked for
-    missing: list[str]  # models that were left for later (`minutes`)
+    missing: list[str]  # models that were left for later (`minutes`), and those that cannot be made, with why
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,11 @@ def run_plantbench(
         if spent and one.kind and not (Path(one.place) / TRUTH).is_file():
             missing.append(one.name)
             continue
-        _make(one, progress)
+        try:
+            _make(one, progress)
+        except InputError as error:  # of a list that is fixed: told, and the others are scored
+            missing.append(f"{one.name} (cannot be made: {error})")
+            continue
         said = json.dumps([written["hash"], measuring_hash(also=CODE), weights_key(one.place)])
         key = hashlib.sha256(said.encode()).hexdigest()
         entry = stored(place, lambda kept, key=key: kept if kept["key"] == key else None)

@@ -223,7 +223,8 @@ def _mirrored(measure: Callable[[str, str], np.ndarray], donor: str) -> Table:
 
 def _agreeing(subject: Subject) -> Table:
     def run(base: str, donor: str) -> np.ndarray:
-        pairs, options = subject.pairs(base, donor), {"at": AT, "metric": subject.metric, "stack": STACK}
+        pairs = subject.pairs(base, donor)
+        options: dict[str, Any] = {"at": AT, "metric": subject.metric, "stack": STACK}
         heads = patch(subject.model, pairs, over="head", **options).effects.values
         mlps = patch(subject.model, pairs, over="layer", component="mlp_out", **options).effects.values
         return np.concatenate([heads, mlps[..., None]], axis=-1)

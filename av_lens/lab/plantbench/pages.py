@@ -121,8 +121,13 @@ COLUMNS = {
     "recall": "recall",
     "kind right": "kind right",
 }
-RIGHT = {**COLUMNS, "kind right, of named": "kind right of named", "precision, confirmed": "confirmed precision"}
-RIGHT |= {"recall, confirmed": "confirmed recall", "screened": "screened"}
+RIGHT = {
+    **COLUMNS,
+    "kind right, of named": "kind right of named",
+    "precision, confirmed": "confirmed precision",
+    "recall, confirmed": "confirmed recall",
+    "screened": "screened",
+}
 AREAS = ("CPR, blank_muted", "CMD, blank_muted", "CPR, zero", "CMD, zero")
 LINES = """import json, pathlib
 models = [json.loads(file.read_text()) for file in sorted(pathlib.Path("docs/plantbench").glob("*.json"))]
@@ -137,7 +142,8 @@ def record_of(bench: Scored) -> dict[str, Any]:
     if not bench.models:
         raise InputError(f"{bench.folder} holds no scored model yet: give more minutes.")
     created = max(str(one["provenance"]["created"]) for one in bench.models)
-    return {"schema": "av_lens.plantbench", "created": created, "criteria": bench.criteria, "models": bench.models}
+    kept = {"criteria": bench.criteria, "missing": bench.missing, "models": bench.models}
+    return {"schema": "av_lens.plantbench", "created": created, **kept}
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def header_line(record: Mapping[str, Any]) -> str:
         f"short of what planting asks and stand apart. {said['conflicts']} conflicts from the world's part "
         f"`{said['split']}`, which trained no model; scores are of discovery's competent ones ({n}). Criteria "
         f"`{said['hash'][:12]}`, written before the first model was scored; {record['created']}, av-lens "
-        f"{said['av_lens']}."
+        f"{said['av_lens']}. Not scored: {'; '.join(record['missing']) or 'none'}."
     )
 
 

@@ -66,8 +66,8 @@ class Edges(Nodes):
                 groups.append(len(group) * len(names))
             first += len(group)
         names = tuple(f"{senders[s][0]}{ARROW}{receivers[r]}" for s, r in ends)
-        layer_of, head_of = (tuple(senders[s][part] for s, _ in ends) for part in (1, 2))
-        return cls(names, layer_of, head_of, tuple(s[0] for s in senders), tuple(receivers), tuple(ends), tuple(groups))
+        layers, heads = tuple(senders[s][1] for s, _ in ends), tuple(senders[s][2] for s, _ in ends)
+        return cls(names, layers, heads, tuple(s[0] for s in senders), tuple(receivers), tuple(ends), tuple(groups))
 
     def within_layers(self) -> list[list[int]]:
         """Group the edges that may stand for one another in a matched control."""
@@ -133,7 +133,7 @@ class _EdgeRun:
         self.changes = self._change(stream[..., None, :], self.given["embed", 0][:, :, None])
         for number, layer in layers(model):
             q, k, v = (self._heads(layer, kind, number, stream) for kind in "qkv")
-            q, k = (layer.turned(*one, window.cos, window.sin) for one in (("q", q), ("k", k)))
+            q, k = (layer.turned(kind, one, window.cos, window.sin) for kind, one in (("q", q), ("k", k)))
             queries, keys, values = (part.transpose(2, 3) for part in (q, k, v))
             past = (part.repeat_interleave(layer.group, dim=1) for part in self.trace.past(number, start))
             read = [Read(*past, window.prefix_mask), Read(keys, values, window.own_mask)]
