@@ -19,7 +19,7 @@ hide less; the run itself is unchanged:
     softmax         as if its scores were divided by 2: with p' = softmax(scores / 2), p' (g - sum p' g)
     norms           the scale that they divide by is a constant (queries' and keys' own, and the final one, too)
     products        factors share the gradient evenly: queries and keys get a quarter (scores, then pattern and values),
-                    values a half, an MLP's input a half (gate times up)
+                    values a half, an MLP's input a half (gate times up; the router of one that has experts, too)
 
 Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
 Different Circuits" (2025); GIM: Edin et al. (2025, 2505.17630).

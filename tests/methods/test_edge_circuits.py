@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import numpy as np
@@ -10,14 +11,16 @@ import torch
 import xarray as xr
 from brute_edges import circuit_logits
 from micro import CARRIER, ECHO, GATE_HEAD, PAINTER, RELAY, micro_conflict, micro_model
+from organism_conflicts import drawn_conflicts
 from small_av import small_inputs, ungrouped_model
 from tiny import letter
 
 import av_lens as avl
 from av_lens.errors import InputError
+from av_lens.lab.calibration import planted_truth
 from av_lens.methods.circuits.edge_runs import EdgeRuns, Edges
 from av_lens.methods.circuits.runs import Measured
-from av_lens.metrics import logit_diff
+from av_lens.metrics import each, logit_diff
 
 CLOSE = 1e-4
 METRIC = logit_diff(letter("a"), letter("b"))
@@ -79,7 +82,7 @@ def test_scores_of_edges_by_hand_and_the_circuit_they_give():
         table[sender, receiver] = score
     again = avl.find_circuit(micro_model(), micro_conflict(), over="edge", scores=table, size=7, random=2, subsets=2)
     assert again.nodes["node"].tolist() == circuit.nodes["node"].tolist()
-    with pytest.raises(InputError, match="scores must be one of exact"):
+    with pytest.raises(InputError, match=r"unknown scores 'atp'.*Known: exact"):
         avl.find_circuit(micro_model(), micro_conflict(), over="edge", scores="atp")
 
 
@@ -121,3 +124,28 @@ def test_scores_of_edge_attribution_order_the_edges_of_a_pair():
     top = scores.top(9)
     assert set(circuit.members) == {f"{s} -> {r}" for s, r in zip(top["sender"], top["receiver"], strict=True)}
     assert torch.isfinite(torch.tensor(circuit.figure("CPR")[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["av-tiny-planted-single", "av-tiny-planted"])
+def test_the_first_edges_of_a_planted_model_are_the_planted_heads(name):
+    """Prints CPR and CMD of edges by EAP and by GIM's rules: pytest -m slow -s tests/methods/test_edge_circuits.py."""
+    model, listed = avl.load(name), drawn_conflicts(8)
+    cells = [one.cells(model) for one in listed]
+    metric = logit_diff(*(each([one.answers[side] for one in listed]) for side in (0, 1)))
+    planted = {f"L{layer}H{head}" for layer, head in planted_truth(name)}
+    for variant in ("eap", "gim"):
+        effects = []
+        for base in ("va", "av"):
+            pairs = [avl.Pair(clean=one["blank_muted"], corrupt=one[base]) for one in cells]
+            options = {"metric": metric, "at": "suffix", "direction": "denoise", "variant": variant}
+            effects.append(avl.edge_attribution(model, pairs, **options).mean())
+        scores = -0.5 * (effects[0] - effects[1])
+        circuit = avl.find_circuit(model, listed, over="edge", scores=scores, size=40, random=2, subsets=0)
+        random = circuit.areas.set_index(["empty", "figure"])["random"]["blank_muted"]
+        shown = [f"{figure} {circuit.figure(figure)[0]:.2f} [{random[figure]:.2f}]" for figure in ("CPR", "CMD")]
+        f = circuit.faithfulness()[0]
+        sys.stdout.write(f"\n{name}, {variant}: {'  '.join(shown)}  f of 40 edges {f:.2f}: {circuit.members[:8]}\n")
+        ends = {end.split(".")[0] for edge in circuit.members[:10] for end in edge.split(" -> ")}
+        assert ends & planted
+        assert circuit.figure("CMD")[0] < random["CMD"]

@@ -81,7 +81,7 @@ def test_a_swap_that_was_run_is_not_run_again(monkeypatch: pytest.MonkeyPatch):
         for number, found in zip(some, shared.changed(again, [plans[i] for i in some]), strict=True):
             torch.testing.assert_close(found.logits, wanted[number], atol=1e-6, rtol=0)
     assert ran == [2, 3, 0]
-    edited = shared.record(x, positions, under={(0, 0): torch.ones(1, 1, 16)})
+    edited = shared.record(x, positions, under={(0, 0): torch.ones(1, len(positions), 16)})
     (found,) = shared.changed(edited, [plans[0]])
     assert float((found.logits - wanted[0]).abs().max()) > 1e-3  # the same swap of another run is another
 
@@ -118,8 +118,7 @@ def test_cpr_and_cmd_of_an_order_are_those_of_find_circuit_and_what_is_not_score
     nodes = Nodes.of(micro_model().spec, "head mlp")
     runs = CircuitRuns.of(micro_model(), measured, nodes, at="suffix", stack=4, budget_gb=1.0, keep_gb=1.0)
     guilt = np.random.default_rng(4).normal(size=(3, 5))
-    subject: Any = SimpleNamespace(circuits=runs)
-    found = areas(subject, guilt)
+    found = areas(runs, guilt)
     options: dict[str, Any] = {"over": "head mlp", "random": 0, "subsets": 0, "size": 2}
     circuit = avl.find_circuit(micro_model(), micro_conflict(), scores=-guilt.ravel(), **options)
     wanted = {
@@ -130,7 +129,7 @@ def test_cpr_and_cmd_of_an_order_are_those_of_find_circuit_and_what_is_not_score
     missing = guilt.copy()
     missing[:, 4] = np.nan
     last = np.where(np.isnan(missing), 1e-6 * np.sign(guilt), guilt)
-    assert areas(subject, missing)["CMD, zero"] == pytest.approx(areas(subject, last)["CMD, zero"], abs=1e-6)
+    assert areas(runs, missing)["CMD, zero"] == pytest.approx(areas(runs, last)["CMD, zero"], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -160,7 +159,7 @@ def test_every_method_on_a_planted_model():
         assert np.isfinite(table[:, : engine.n_heads]).all(), name
         assert np.isfinite(table[:, -1]).all() == (name not in heads), name
     assert engine.rows > 1000
-    assert all(set(areas(subject, table)) == set(AREAS) for table, _ in list(scores.values())[:2])
+    assert all(set(areas(subject.circuits, table)) == set(AREAS) for table, _ in list(scores.values())[:2])
 
     truth = read_plant("av-tiny-planted")
     assert ranking(isolate_score(found), truth)["precision at k"] == 1.0

@@ -264,7 +264,7 @@ def _scored(
         },
         "scores": {method: by_node(table, names) for method, table in scores.items()},
         "areas": {
-            method: {figure: plain_figure(value) for figure, value in areas(subject, table).items()}
+            method: {figure: plain_figure(value) for figure, value in areas(subject.circuits, table).items()}
             for method, table in scores.items()
         },
         "seconds": {method: round(took, 3) for method, took in seconds.items()},

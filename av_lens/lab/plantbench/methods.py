@@ -187,10 +187,9 @@ class Subject:
         return CircuitRuns.of(self.model, measured, nodes, at=AT, stack=STACK, budget_gb=1.0, keep_gb=4.0)
 
 
-def areas(subject: Subject, scores: Table) -> dict[str, float]:
+def areas(runs: CircuitRuns, scores: Table) -> dict[str, float]:
     """CPR and CMD of a method's order of nodes, for each empty donor."""
-    runs, found = subject.circuits, dict[str, float]()
-    at = sizes(len(runs.nodes))
+    found, at = dict[str, float](), sizes(len(runs.nodes))
     for (empty, scale), (name, order) in product(runs.scales(0).items(), AREAS):
         turned = -scale.sign * scores.ravel()
         key = np.abs(turned) if order == "magnitude" else turned

@@ -135,8 +135,8 @@ class _EdgeRun:
             q, k, v = (self._heads(layer, kind, number, stream) for kind in "qkv")
             q, k = (layer.turned(kind, one, window.cos, window.sin) for kind, one in (("q", q), ("k", k)))
             queries, keys, values = (part.transpose(2, 3) for part in (q, k, v))
-            past = (part.repeat_interleave(layer.group, dim=1) for part in self.trace.past(number, start))
-            read = [Read(*past, window.prefix_mask), Read(keys, values, window.own_mask)]
+            before = [part.repeat_interleave(layer.group, dim=1) for part in self.trace.past(number, start)]
+            read = [Read(before[0], before[1], window.prefix_mask), Read(keys, values, window.own_mask)]
             z = attended(queries, read[0 if start else 1 :], layer.scaling)[0].transpose(2, 3)
             stream = stream + layer.write(z)
             change = self._change(layer.results(z), layer.results(self.given["z", number]))
