@@ -100,6 +100,7 @@ def run_plantbench(
         why = f"two models are called {twice[0]!r}: give folders" if twice else "no model was given: folders or names"
         raise InputError(f"{why} of different names.")
     listed_fresh = [] if fresh is None else Path(fresh).read_text("utf-8").splitlines()
+    listed_fresh += [] if fresh is None else [f"base {weights_key(base)[:16]}" for base in bases]
     written = _written_down(out, criteria(conflicts=conflicts, seed=seed, fresh=listed_fresh))
     staging = partial(stage, conflicts=conflicts, seed=seed, split=SPLIT, progress=progress)
     clips = Parts(out, {"conflicts": conflicts, "seed": seed, "split": SPLIT}).ensure("clips", staging)
