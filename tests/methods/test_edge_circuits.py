@@ -130,7 +130,7 @@ def test_scores_of_edge_attribution_order_the_edges_of_a_pair():
 @pytest.mark.parametrize("name", ["av-tiny-planted-single", "av-tiny-planted"])
 def test_the_first_edges_of_a_planted_model_are_the_planted_heads(name):
     """Prints CPR and CMD of edges by EAP and by GIM's rules: pytest -m slow -s tests/methods/test_edge_circuits.py."""
-    model, listed = avl.load(name), drawn_conflicts(8)
+    model, listed = avl.load(name), drawn_conflicts(16)
     cells = [one.cells(model) for one in listed]
     metric = logit_diff(*(each([one.answers[side] for one in listed]) for side in (0, 1)))
     planted = {f"L{layer}H{head}" for layer, head in planted_truth(name)}

@@ -107,7 +107,7 @@ class SharedEngine(ModelEngine):
     def changed(self, recording: Any, plans: Sequence[Any], answers: Sequence[Any] = ()) -> Any:
         """Run a recording's inputs again under each swap not met before, and note the time of single heads."""
         alone = all(sum(edit.site.head is not None for edit in plan) == 1 for plan in plans)
-        base = hashlib.sha256(recording.final.numpy().tobytes() + recording.window.tobytes())
+        base = hashlib.sha256(_bytes(recording.final) + recording.window.tobytes())
         keys = [_key(base, plan) for plan in plans] if not answers else []
         begun = time.process_time()
         new = {key: plan for key, plan in zip(keys, plans, strict=False) if key not in self._known}
@@ -128,8 +128,12 @@ def _key(base: Any, plan: Any) -> bytes:
     """What a plan does to a recording."""
     digest = base.copy()
     for edit in plan:
-        digest.update(repr((edit.kind, edit.site)).encode() + edit.value.contiguous().numpy().tobytes())
+        digest.update(repr((edit.kind, edit.site)).encode() + _bytes(edit.value))
     return digest.digest()
+
+
+def _bytes(values: torch.Tensor) -> bytes:
+    return values.float().cpu().contiguous().numpy().tobytes()
 
 
 def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -270,7 +274,7 @@ def route_effects(model: Any, inputs: AVInputs, metric: Any, *, picture: bool) -
     found = model.trace(inputs).gradients(sites, metric)
     keys = np.isin(np.arange(len(inputs.spans)), list(inputs.spans["video|image"].positions)) == picture
     parts = zip(found.gradient, found.value, strict=True)
-    return torch.stack([(slope * own)[..., keys].sum((1, 3)) for slope, own in parts], dim=1).double().numpy()
+    return torch.stack([(slope * own)[..., keys].sum((1, 3)) for slope, own in parts], dim=1).double().cpu().numpy()
 
 
 def _route(subject: Subject, *, picture: bool) -> Table:
