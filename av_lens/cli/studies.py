@@ -23,7 +23,11 @@ Fewest = Annotated[int, Option(help="How many conflicts are cut from the recordi
 _PLANTED = Argument(help="Folders or short names; left out: all that are shipped, and the balanced one.")
 PlantsOut = Annotated[Path, Option(help="The folder to write; models that are scored in it are kept.")]
 PlantsNumber = Annotated[int, Option(help="How many conflicts every model is tested on; at least 40.")]
-PlantsLimit = Annotated[int | None, Option(help="Score at most so many models now; the same command goes on.")]
+PlantsMinutes = Annotated[
+    float | None, Option(help="Begin no model that would end later than that; the same command goes on.")
+]
+PlantsFresh = Annotated[Path | None, Option(help="Also plant and score the models listed in this file, a line each.")]
+PlantsBases = Annotated[list[str], Option("--base", help="A balanced model, 0 in the list; again for 1, 2, ...")]
 SeedsOut = Annotated[Path, Option(help="The folder to write; what it holds is not measured again.")]
 SeedsNumber = Annotated[int, Option(help="How many conflicts in each of the two sets; 120 for a verdict.")]
 
@@ -68,10 +72,11 @@ def bench(
 def plantbench(
     models: Annotated[list[str] | None, _PLANTED] = None,
     out: PlantsOut = Path(_PLANTS["out"]),
-    make: Annotated[int, Option(help="Plant so many fresh models first, kind after kind.")] = _PLANTS["make"],
+    fresh: PlantsFresh = _PLANTS["fresh"],
+    bases: PlantsBases = list(_PLANTS["bases"]),  # noqa: B006
     conflicts: PlantsNumber = _PLANTS["conflicts"],
     seed: Seed = _PLANTS["seed"],
-    limit: PlantsLimit = _PLANTS["limit"],
+    minutes: PlantsMinutes = _PLANTS["minutes"],
     docs: Annotated[Path | None, Option(help="Fill plantbench.md, .json and .svg in this folder.")] = None,
 ) -> None:
     """Let every method look for heads that were planted, and for heads where nothing is to be found."""
@@ -80,11 +85,11 @@ def plantbench(
 
     _can_be_filled(docs, plantbench_pages)
     console.quiet_loading()
-    options: dict[str, Any] = {"make": make, "conflicts": conflicts, "seed": seed, "limit": limit}
+    options: dict[str, Any] = {"fresh": fresh, "bases": bases, "conflicts": conflicts, "seed": seed}
     with console.bars() as bars:
-        bench = run_plantbench(models or None, out=out, progress=bars, **options)
+        bench = run_plantbench(models or None, out=out, minutes=minutes, progress=bars, **options)
     record = plantbench_pages.record_of(bench)
-    for title, (headings, rows) in plantbench_pages.tables(record["models"], record["criteria"]["must"]):
+    for title, (headings, rows) in plantbench_pages.tables(record):
         console.show(headings, rows, title=title)
     if bench.missing:
         console.OUT.print(f"\nleft for later: {', '.join(bench.missing)}; the same command goes on.", markup=False)

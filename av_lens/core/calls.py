@@ -55,10 +55,12 @@ def asked_positions(spans: SpanMap, logits_at: str | Span) -> Tensor:
     return torch.tensor(resolve_positions(asked, spans, what="logits_at").index)
 
 
-def unembedded(model: Any, stream: Tensor, tokens: Tensor | None = None) -> Float[Tensor, "... d_vocab"]:
-    """Read logits from the stream that left the last layer, where the model's inputs go."""
+def unembedded(
+    model: Any, stream: Tensor, tokens: Tensor | None = None, *, under: Callable[[Any], Any] = lambda norm: norm
+) -> Float[Tensor, "... d_vocab"]:
+    """Read logits from the stream that left the last layer, where the model's inputs go; `under` changes the norm."""
     norm, head = model.bridge.ln_final.original_component, model.bridge.unembed.original_component
-    normed = norm(stream.to(device_of(norm))).to(device_of(head))
+    normed = under(norm)(stream.to(device_of(norm))).to(device_of(head))
     tokens = None if tokens is None else tokens.to(normed.device)
     if normed.dtype != torch.float32:  # as the hooked run does it: all tokens, and never of one row alone
         rows = normed.flatten(0, -2)

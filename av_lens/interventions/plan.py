@@ -154,11 +154,6 @@ class CompiledPlan(Brief):
     _offsets: dict[str, int] = field(default_factory=dict)
 
     @property
-    def hook_names(self) -> tuple[str, ...]:
-        """The hooks that the plan writes to, each once."""
-        return tuple(dict.fromkeys(hook_name(step.component, step.layer) for step in self.steps))
-
-    @property
     def fwd_hooks(self) -> list[tuple[str, Callable[..., Tensor]]]:
         """Hooks in TransformerLens's form, one for each place, which apply the edits and count them."""
         places: dict[str, list[Step]] = {}

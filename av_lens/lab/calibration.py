@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def pairs(n: int, *, seed: int) -> list[tuple[str, str]]:
 
 
 Head = tuple[int, int]
-Mask = Bool[np.ndarray, "layer head"]
+"""(layer, head); an MLP is head -1, which indexes the last column of a table `[layer, node]`."""
+Mask = Bool[np.ndarray, "layer _"]
 TRUTH = "planted.json"
 FREE_RIDER = "free rider"
 BALANCED, SUBJECT = "balanced", "subject"
@@ -84,7 +85,7 @@ KIND_NAMES = {"writer": "picture writer", "opponent": "sound opponent"}
 
 
 def mask_of(heads: Collection[Head], shape: tuple[int, ...]) -> Mask:
-    """Lay heads out: true for these heads."""
+    """Lay nodes out: true for these."""
     out = np.zeros(shape, dtype=bool)
     for head in heads:
         out[head] = True
@@ -102,6 +103,9 @@ class PlantTruth:
     free_riders: tuple[Head, ...] = ()  # planted heads whose reversion changes nothing
     decoys: tuple[Head, ...] = ()  # heads trained for another behaviour
     redundant: bool = False  # whether some true head, put back alone, restores less than half of what it can add
+    limits: Mapping[Head, float] = field(default_factory=dict[Head, float])  # the largest s at which each true head is
+    sites: tuple[str, ...] = ("suffix",)  # where what was planted acts
+    missing: tuple[str, ...] = ()  # what the model lacks of what was asked for: it falls short of its own bar
 
     @property
     def null(self) -> bool:
@@ -113,17 +117,26 @@ class PlantTruth:
         """Whether a decoy and a true head are in one layer."""
         return bool({layer for layer, _ in self.kinds} & {layer for layer, _ in self.decoys})
 
+    def at(self, s: float) -> PlantTruth:
+        """What is true at a threshold, a share of G: what adds less is minor, and counts neither way."""
+        minor = {head for head in self.kinds if self.limits.get(head, 1.0) < s}
+        kinds = {head: kind for head, kind in self.kinds.items() if head not in minor}
+        return replace(self, kinds=kinds, free_riders=tuple(sorted({*self.free_riders, *minor})))
+
     def as_dict(self) -> dict[str, Any]:
         """Write it as plain data: what the bench keeps for each model."""
-        heads = [[*head, kind] for head, kind in sorted(self.kinds.items())]
+        heads = [[*head, kind, self.limits.get(head, 1.0)] for head, kind in sorted(self.kinds.items())]
         lists = {name: [list(head) for head in getattr(self, name)] for name in ("free_riders", "decoys")}
-        return {"plant": self.plant, "heads": heads, **lists, "redundant": self.redundant}
+        words = {name: list(getattr(self, name)) for name in ("sites", "missing")}
+        return {"plant": self.plant, "heads": heads, **lists, "redundant": self.redundant, **words}
 
     @classmethod
     def of_dict(cls, content: Mapping[str, Any]) -> PlantTruth:
         """Read what `as_dict` wrote."""
         kinds = {_place(entry): str(entry[2]) for entry in content["heads"]}
-        lists = {name: tuple(map(_place, content[name])) for name in ("free_riders", "decoys")}
+        lists: dict[str, Any] = {name: tuple(map(_place, content[name])) for name in ("free_riders", "decoys")}
+        lists |= {name: tuple(content[name]) for name in ("sites", "missing")}
+        lists["limits"] = {_place(entry): float(entry[3]) for entry in content["heads"]}
         return cls(str(content["plant"]), kinds, **lists, redundant=bool(content["redundant"]))
 
 
@@ -154,7 +167,10 @@ def truth_of(content: Mapping[str, Any]) -> PlantTruth:
     measured = {_place(entry): entry if isinstance(entry, Mapping) else {} for entry in content.get("heads", ())}
     kinds: dict[Head, str] = {}
     riders: list[Head] = []
+    limits: dict[Head, float] = {}
     redundant = False
+    g = float(content.get("G", 1.0))
+    gap_share = (g - float(content.get("C", 0.0))) / g
     for head, entry in measured.items():
         kind = str(entry.get("kind", content.get("kind", "")))
         if head in decoys:
@@ -163,8 +179,13 @@ def truth_of(content: Mapping[str, Any]) -> PlantTruth:
             riders.append(head)
             continue
         kinds[head] = KIND_NAMES.get(kind, kind)
+        limits[head] = float(entry.get("true_up_to_s", float(entry.get("adds", 1.0)) * gap_share))
         redundant |= float(entry.get("alone", 1.0)) < 0.5 * float(entry.get("adds", 0.0))
-    return PlantTruth(str(content.get("asked_for", "planted")), kinds, tuple(sorted(riders)), decoys, redundant)
+    sites = tuple(dict.fromkeys(("suffix", *(str(entry.get("site", "suffix")) for entry in measured.values()))))
+    missing = [] if content.get("success", True) else ["it does not answer as was asked for"]
+    missing += content.get("missing", [])
+    asked = str(content.get("asked_for", "planted"))
+    return PlantTruth(asked, kinds, tuple(sorted(riders)), decoys, redundant, limits, sites, tuple(missing))
 
 
 def weights_key(name: str) -> str:
@@ -202,11 +223,10 @@ def read_truth(content: Mapping[str, Any]) -> dict[tuple[int, int], str]:
 
 
 def best_releases(found: Isolation, site: str) -> Any:
-    """Every head's row of evidence for its release on discovery, by the primary donor of the largest mean."""
+    """Every node's row of evidence for its release on discovery, by the primary donor of the largest mean."""
     frame: Any = found.evidence
     keep = (frame["estimand"] == "release") & (frame["half"] == "discovery") & (frame["site"] == site)
     frame = frame[keep & frame["donor"].isin(PRIMARY_DONORS)]
-    frame = frame[frame["head"] >= 0]
     return frame.loc[frame.groupby(["layer", "head"])["mean"].idxmax()] if len(frame) else frame
 
 
@@ -215,6 +235,7 @@ def calibrate(
 ) -> Calibration:
     """Compare what was found with what was planted."""
     best = best_releases(found, site)
+    best = best[best["head"] >= 0]
     if not len(best):
         why = " ".join(found.reasons) or found.verdict
         raise InputError(f"{model}: no release was measured at the site {site!r}, so nothing can be compared. {why}")

@@ -22,7 +22,7 @@ from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.lab.calibration import stage
 from av_lens.lab.pages import FilledPage, Parts, Table, markdown
 from av_lens.lab.plantbench.methods import SITE
-from av_lens.lab.plantbench.scores import named_heads
+from av_lens.lab.plantbench.scores import named_nodes
 from av_lens.model import load
 from av_lens.results.provenance import plain, stamp
 from av_lens.results.record import Isolation
@@ -92,7 +92,7 @@ def _releases(found: Isolation) -> np.ndarray:
 
 def _named(found: Isolation) -> dict[str, str]:
     """Head to role, of those named on discovery."""
-    return {f"L{row['layer']}H{row['head']}": str(row["role"]) for row in named_heads(found)}
+    return {f"L{row['layer']}H{row['head']}": str(row["role"]) for row in named_nodes(found) if row["head"] >= 0}
 
 
 def _plain(value: Any) -> Any:

@@ -12,13 +12,14 @@ causes. Keys and values are ungrouped: "L4H2.k" is the key that query head 2 alo
     variant="ig_inputs"       its mean over runs whose embedding (media and text) lies between base and donor
     variant="ig_activations"  for each sender group (embedding, a layer's heads, an MLP) its mean over runs in which
                               what this group writes lies between base and donor
+    variant="gim"             the gradient of the base run by the backward rules of GIM (`replay.held`): no derivative
 
 A positive score raises the metric when the donor's value comes in. The means are midpoint sums over `steps`. Closure:
 the embedding's edges sum to m(donor) - m(base) along the integrated path; with "ig_activations" every group's to the
 exact effect of patching it.
 
-Source: Syed et al. (2023); EAP-IG: Hanna et al. (2024); the activations variant: Mueller et al. (MIB, 2025). Not done:
-answers of several tokens (at their own positions edges leave that no donor gives).
+Source: Syed et al. (2023); EAP-IG: Hanna et al. (2024); the activations variant: Mueller et al. (MIB, 2025); GIM: Edin
+et al. (2025, 2505.17630). Not done: answers of several tokens (at their own positions edges leave that no donor gives).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from av_lens.replay.traces import Trace, record
 from av_lens.results import EdgeScores
 from av_lens.spans import Span
 
+INTEGRATED = ("ig_inputs", "ig_activations")
 SIGNS = {
     "noise": "values of the corrupt run into the clean run; positive: the edge raises the metric when corrupted",
     "denoise": "values of the clean run into the corrupt run; positive: the edge raises the metric when restored",
@@ -77,7 +79,7 @@ def edge_attribution(
         pair: aligned clean and corrupt inputs, or several pairs of one layout or of different ones.
         metric: `logit_diff(...)` and its like of one-token answers, or any callable of logits
             `[batch, asked_pos, d_vocab]` to `[batch]` that has a gradient.
-        variant: "eap", "ig_inputs" or "ig_activations".
+        variant: "eap", "ig_inputs", "ig_activations" or "gim".
         steps: runs along the path of the integrated variants.
         over: "edge", or "edge span" to tell edges apart by the role of the positions at which they act.
         at: the positions at which edges act: roles joined by `|`, or a `Span`; None for all.
@@ -94,7 +96,7 @@ def edge_attribution(
         InterventionError: positions outside the input.
         ModelError: a model whose layers cannot be computed by themselves.
     """
-    require_choice("variant", variant, ("eap", "ig_inputs", "ig_activations"))
+    require_choice("variant", variant, ("eap", *INTEGRATED, "gim"))
     require_choice("axis", over, ("edge", "edge span"))
     require_choice("direction", direction, SIGNS)
     if steps < 1:
@@ -130,7 +132,7 @@ def edge_attribution(
         provenance=frame.stamp(
             method="edge attribution",
             variant=variant,
-            steps=steps if variant != "eap" else 1,
+            steps=steps if variant in INTEGRATED else 1,
             over=over,
             at="all" if at is None else str(at),
             positions=dict(places[0]),
@@ -228,13 +230,13 @@ class _Job:
     def run(self, variant: str, steps: int) -> Iterator[tuple[int, int]]:
         """Fill the scores, saying after each pass how many of how many are done."""
         passes, written = [(None, 0.0)], _Kept(self.budget_gb)
-        if variant != "eap":
+        if variant in INTEGRATED:
             groups = self.groups[:1] if variant == "ig_inputs" else self.groups
             passes = [(group, (step + 0.5) / steps) for group in groups for step in range(steps)]
-        share = 1.0 / (1 if variant == "eap" else steps)
+        share = 1.0 / (steps if variant in INTEGRATED else 1)
         for number, (group, way) in enumerate(passes, 1):
             scored = [group] if variant == "ig_activations" and group is not None else self.groups
-            for reading in self._readings(group, way):
+            for reading in self._readings(group, way, gim=variant == "gim"):
                 self._add([sender for sender in scored if sender.precedes(reading)], reading, share, written)
             yield number, len(passes)
 
@@ -245,10 +247,10 @@ class _Job:
     def _whole_block(self, position: int) -> int:
         return self.trace.traits.restart(position, self.trace.spans.roles)
 
-    def _readings(self, group: _Group | None, way: float) -> Iterator[Reading]:
+    def _readings(self, group: _Group | None, way: float, *, gim: bool) -> Iterator[Reading]:
         """Gradients in the base run, or in the run in which a group's writes lie some way between base and donor."""
         if group is None:
-            return readings(self.trace, self.metric, start=self._start)
+            return readings(self.trace, self.metric, start=self._start, gim=gim)
         change, layer, middle = way * group.together(), group.layer, None
         moved = torch.nonzero(change.abs().amax((0, 2)))
         first = self._whole_block(int(moved[0])) if len(moved) else len(self.trace.spans) - 1

@@ -190,16 +190,6 @@ class Metric(Brief):
         places = tuple(torch.searchsorted(tokens, ids).masked_fill(ids < 0, -1) for ids in self._bound())
         return replace(self, ids=places), tokens
 
-    def by_answer(self) -> tuple[Metric, Metric]:
-        """Split a difference into the scores of its two answers."""
-        if self.kind != "logit_diff":
-            raise InputError(f"{self.name} is not a difference of two answers: use logit_diff(a, b).")
-        if self.ids is None:
-            return logit(self.asked[0]), logit(self.asked[1])
-        sides = zip(self.asked, self.ids, self.texts, strict=True)
-        one, other = (replace(self, kind="logit", asked=(a,), ids=(ids,), texts=(text,)) for a, ids, text in sides)
-        return one, other
-
     def continuations(self, batch: int) -> list[Int64[Tensor, "batch token"]]:
         """List the token sequences to be run after the prompt, one an option, padded; none for one-token answers."""
         if not self.teacher_forced:

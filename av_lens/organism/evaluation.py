@@ -74,25 +74,6 @@ class Evaluation:
                 rows.append(place | {"n": row["n"], "share": row[name] / row["n"], "low": low, "high": high})
         return pd.DataFrame(rows)
 
-    def same_counts(self, other: Evaluation) -> bool:
-        """Say whether two evaluations counted the same on the same clips.
-
-        Args:
-            other: the other evaluation.
-
-        Returns:
-            True if clips, counts and captions are equal.
-
-        Raises:
-            ModelError: if the clips differ (another encoder or seed), so that counts cannot be compared.
-        """
-        if self.about["clips"] != other.about["clips"]:
-            raise ModelError(
-                f"the clips differ (digest {self.about['clips'][:12]} against {other.about['clips'][:12]}): another "
-                "seed, number of clips, or build of the mp4 encoder."
-            )
-        return self.counts.equals(other.counts) and self.captions.equals(other.captions)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the evaluation as json.
 

@@ -13,8 +13,16 @@ With every head held, positions do not read one another: a change stays at its p
 too) and norms alone. So `stream entering layer l = base + change + what the MLPs before l made of it` is exact for many
 changes at once, without attention and without a run of the model.
 
+`gim=True` goes back by the rules of Gradient Interaction Modifications, which let redundant keys and saturated norms
+hide less; the run itself is unchanged:
+
+    softmax         as if its scores were divided by 2: with p' = softmax(scores / 2), p' (g - sum p' g)
+    norms           the scale that they divide by is a constant (queries' and keys' own, and the final one, too)
+    products        factors share the gradient evenly: queries and keys get a quarter (scores, then pattern and values),
+                    values a half, an MLP's input a half (gate times up; the router of one that has experts, too)
+
 Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
-Different Circuits" (2025).
+Different Circuits" (2025); GIM: Edin et al. (2025, 2505.17630).
 """
 
 from __future__ import annotations
@@ -73,6 +81,23 @@ def require_restart(record: Record, what: str) -> None:
         raise ModelError(f"{what} needs positions that read only earlier ones; here {roles} read both ways.")
 
 
+TEMPERATURE = 2.0  # of GIM's softmax
+SHARES = {"q": 0.25, "k": 0.25, "v": 0.5, "mlp": 0.5}
+"""Of the gradient, by GIM: one over the factors that are multiplied on the way."""
+
+
+def _scaled(norm: Any) -> Any:
+    """A norm whose scale has no gradient."""
+    return lambda stream: at_scale(norm, stream, stream.detach())
+
+
+def _cooled(scores: Tensor) -> Tensor:
+    """A softmax whose gradient is that of cooler scores."""
+    scores = scores.float()
+    sloped = TEMPERATURE * (scores / TEMPERATURE).softmax(-1)
+    return scores.detach().softmax(-1) + (sloped - sloped.detach())
+
+
 def readings(
     record: Record,
     metric: Metric,
@@ -80,24 +105,29 @@ def readings(
     start: int = 0,
     above: int = -1,
     middle: Float[Tensor, "batch _ d_model"] | None = None,
+    gim: bool = False,
 ) -> Iterator[Reading]:
     """Give the metric's gradient at every reader's input, from the logits down."""
     require_restart(record, "a gradient at each reader's input")
-    gradient = _at_logits(record, metric, start)
+    gradient = _at_logits(record, metric, start, **({"under": _scaled} if gim else {}))
+    shares, softmax = (SHARES, {"softmax": _cooled}) if gim else (dict.fromkeys(SHARES, 1.0), {})
     yield Reading("logits", record.n_layers, gradient[:, :, None])
     window = record.window(start)
     for number, layer in layers(record.model, above + 1, backwards=True):
         stream = record.stream(number, start)
         gradient, window = gradient.to(stream.device), window.on(stream.device)
+        if gim:
+            norms = {kind: _scaled(norm) for kind, norm in layer.norms.items()}
+            layer = replace(layer, ln1=_scaled(layer.ln1), ln2=_scaled(layer.ln2), norms=norms)
         with torch.enable_grad():
-            leaves, z = _attention(layer, stream, record.past(number, start), window)
+            leaves, z = _attention(layer, stream, record.past(number, start), window, **softmax)
         reached = stream + layer.write(z.detach()).detach()
-        entering = _through_mlp(layer, reached, gradient)
+        entering = shares["mlp"] * _through_mlp(layer, reached, gradient)
         yield Reading("mlp", number, entering[:, :, None])
         gradient = gradient + entering
         read = layer.along(gradient.detach())
         for kind, reader in zip("qkv", torch.autograd.grad(z, leaves, read), strict=True):
-            branches = _before_norm(layer, kind, stream, reader)
+            branches = _before_norm(layer, kind, stream, shares[kind] * reader)
             yield Reading(kind, number, branches)
             gradient = gradient + branches.sum(2)
     if middle is not None:
@@ -105,14 +135,14 @@ def readings(
         yield Reading("mlp", above, entering[:, :, None])
 
 
-def _at_logits(record: Record, metric: Metric, start: int) -> Tensor:
+def _at_logits(record: Record, metric: Metric, start: int, **options: Any) -> Tensor:
     """The gradient at the stream that leaves the last layer, zero but at the generation position."""
     asked = record.spans.generation_position
     left = record.stream(record.n_layers, start)
     bound, tokens = metric.few_tokens()
     with torch.enable_grad():
         leaf = left[:, [asked - start]].detach().requires_grad_()
-        measured = bound(unembedded(record.model, leaf, None if tokens is None else tokens.to(leaf.device)))
+        measured = bound(unembedded(record.model, leaf, None if tokens is None else tokens.to(leaf.device), **options))
         if not measured.requires_grad:
             raise InputError(f"the metric {metric.name} has no gradient: it counts, compares or reads detached logits.")
         found = torch.autograd.grad(measured.sum(), leaf)[0]
@@ -129,7 +159,7 @@ def _through_mlp(layer: Layer, middle: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _attention(
-    layer: Layer, stream: Tensor, past: tuple[Tensor, Tensor], window: Window
+    layer: Layer, stream: Tensor, past: tuple[Tensor, Tensor], window: Window, **options: Any
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Leaves q, k, v `[batch, pos, head, d_head]` at their hooks, one copy for each query head, and `z`."""
     normed = layer.ln1(stream)
@@ -141,7 +171,7 @@ def _attention(
     if window.start:
         earlier_k, earlier_v = (part.repeat_interleave(layer.group, dim=1) for part in past)
         read.insert(0, Read(earlier_k, earlier_v, window.prefix_mask))
-    return (q, k, v), attended(queries, read, layer.scaling)[0].transpose(1, 2)
+    return (q, k, v), attended(queries, read, layer.scaling, **options)[0].transpose(1, 2)
 
 
 def _before_norm(layer: Layer, kind: str, stream: Tensor, gradient: Tensor) -> Tensor:

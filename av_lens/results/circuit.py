@@ -35,6 +35,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,9 +46,11 @@ from jaxtyping import Float
 from av_lens.checks import called
 from av_lens.errors import InputError, unknown
 from av_lens.results.grid import Grid, Measured, require_numbers
+from av_lens.results.mib import mib_form
 from av_lens.results.provenance import Saved, plain_json, read_frame, words, written_frame
 from av_lens.results.statistics import FEWEST_CLIPS, Bootstrap, Interval, interval
 from av_lens.upstairs import upstairs
+from av_lens.whole_files import write_whole
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _TAILS = (2.5, 97.5)
@@ -355,6 +358,26 @@ class Circuit(Saved):
     def to_frame(self) -> pd.DataFrame:
         """Give the table of nodes, best first: a copy."""
         return self.nodes.copy()
+
+    def to_mib(self, path: str | Path) -> Path:
+        """Write the circuit's scores and members in the json form of MIB's circuit track.
+
+        Args:
+            path: the file to write.
+
+        Returns:
+            The file.
+
+        Raises:
+            InputError: a circuit that was saved before its model's sizes were kept.
+            FileError: the file cannot be written.
+        """
+        if "sizes" not in self.provenance:
+            raise InputError("this circuit does not say its model's sizes, which MIB's form needs: find it again.")
+        columns = (self.nodes[name].tolist() for name in ("node", "score", "member"))
+        rows = {node: (score, member) for node, score, member in zip(*columns, strict=True)}
+        write_whole(Path(path), json.dumps(mib_form(rows, **self.provenance["sizes"])) + "\n")
+        return Path(path)
 
     def plot(self, **options: Any) -> Any:
         """Draw the circuit by layer.

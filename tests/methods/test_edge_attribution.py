@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from brute_edges import naive, naive_integral
-from small_av import small_clip, small_inputs, small_model
+from gim_twin import gim
+from small_av import small_clip, small_inputs, small_model, ungrouped_model
 from tiny import letter, tiny_hf_model, tiny_processor
 
 import av_lens as avl
@@ -54,18 +55,6 @@ def test_edges_equal_the_definition_computed_naively_under_grouped_keys_and_valu
     assert float(abs(values).max()) > 0.01
 
 
-@cache
-def ungrouped_model():
-    """The small model with every key-value head written out once for each query head that shares it."""
-    grouped, whole = tiny_hf_model(), tiny_hf_model(n_kv_heads=4)
-    state = grouped.state_dict()
-    for name, tensor in state.items():
-        if "language_model.layers" in name and ("k_proj" in name or "v_proj" in name):
-            state[name] = tensor.unflatten(0, (2, 16)).repeat_interleave(2, dim=0).flatten(0, 1)
-    whole.load_state_dict(state)
-    return avl.load("ungrouped", hf_model=whole, processor=tiny_processor())
-
-
 def test_keys_and_values_are_ungrouped_as_in_a_model_that_has_them_once_for_each_query_head():
     model = ungrouped_model()
     assert model.spec.n_kv_heads == 4
@@ -74,6 +63,20 @@ def test_keys_and_values_are_ungrouped_as_in_a_model_that_has_them_once_for_each
     for (sender, receiver), score in wanted.items():
         got = scores().values.sel(sender=sender, receiver=receiver)
         np.testing.assert_allclose(got.values, score.numpy(), atol=1e-5, err_msg=f"{sender} to {receiver}")
+
+
+def test_the_rules_of_gim_equal_hooks_that_change_one_full_backward_pass():
+    model, found = ungrouped_model(), edge_attribution(ungrouped_model(), pair(), metric=METRIC, variant="gim").values
+    with gim(model):
+        wanted = naive(model, pair().corrupt, pair().clean, METRIC)
+    for (sender, receiver), score in wanted.items():
+        got = found.sel(sender=sender, receiver=receiver)
+        np.testing.assert_allclose(got.values, score.numpy(), atol=1e-5, err_msg=f"{sender} to {receiver}")
+    assert abs(found).max() > 0.01
+    for rule in ("softmax", "norms", "products"):  # each of them is seen
+        with gim(model, **{rule: False}):
+            others = naive(model, pair().corrupt, pair().clean, METRIC)
+        assert max(float((others[edge] - wanted[edge]).abs().max()) for edge in wanted) > 1e-3, rule
 
 
 def test_edges_that_leave_a_sender_sum_to_its_gradient():

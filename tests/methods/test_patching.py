@@ -285,10 +285,3 @@ def test_patterns_are_patched_row_by_row():
     wanted = by_plan(both.corrupt, replace(Site("pattern", 2, 1, "generation"), rows[:, 0]))
     np.testing.assert_allclose(grid.values.sel(layer=2, head=1).values, wanted, atol=1e-5)
     assert float(abs(grid.effects).max()) > 1e-4
-
-
-def test_the_answers_of_a_difference_apart():
-    model, both = small_model(), pair()
-    first, second = (patch(model, both, metric=metric) for metric in METRIC.by_answer())
-    whole = patch(model, both, metric=METRIC)
-    np.testing.assert_allclose((first.effects - second.effects).values, whole.effects.values, atol=1e-5)

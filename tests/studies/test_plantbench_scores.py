@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
-from planted_record import DONORS, G, N, planted_isolation
+from planted_record import G, planted_isolation
 
-from av_lens.lab.calibration import PlantTruth, mask_of
-from av_lens.lab.plantbench.pages import agreement, seen_by
+from av_lens.isolation.sets.confirmation import ONE_DONOR
+from av_lens.lab.calibration import PlantTruth, mask_of, truth_of
 from av_lens.lab.plantbench.scores import (
     average_precision,
     damage_last,
-    exchanged,
     isolate_score,
     kinds_right,
-    named_heads,
+    named_nodes,
     naming,
     precision_at,
     ranking,
@@ -84,42 +85,58 @@ def test_secondary_donors_score_nobody():
     strong = more["donor"].eq("zero") & more["estimand"].eq("release")
     extra = more[strong].assign(donor="mean_task", mean=99.0, low=98.0, high=100.0)
     both = table("evidence", [*more.to_dict("records"), *extra.to_dict("records")])
-    assert isolate_score(dataclasses.replace(found, evidence=both)).max() == isolate_score(found).max()
+    assert np.nanmax(isolate_score(dataclasses.replace(found, evidence=both))) == np.nanmax(isolate_score(found))
 
 
 def test_a_member_is_named_unless_it_breaks():
     found = planted_isolation()
-    assert [(row["layer"], row["head"]) for row in named_heads(found)] == [(3, 4), (5, 2), (5, 3)]
-    member = next(row for row in named_heads(with_a_member(found)) if row["layer"] == 2)
+    assert [(row["layer"], row["head"]) for row in named_nodes(found)] == [(3, 4), (5, 2), (5, 3)]
+    member = next(row for row in named_nodes(with_a_member(found)) if row["layer"] == 2)
     assert (member["role"], member["single"], member["member"]) == ("gate", False, True)
-    assert len(named_heads(with_a_member(found, role="breaks"))) == 3
-    both = next(row for row in named_heads(with_a_member(found, layer=5, head=2)) if row["head"] == 2)
+    assert len(named_nodes(with_a_member(found, role="breaks"))) == 3
+    both = next(row for row in named_nodes(with_a_member(found, layer=5, head=2)) if row["head"] == 2)
     assert (both["role"], both["single"], both["member"]) == ("picture writer", True, True)
     unclear = dataclasses.replace(found, heads=found.heads.assign(role="undetermined"))
-    both = next(row for row in named_heads(with_a_member(unclear, layer=5, head=2)) if row["head"] == 2)
+    both = next(row for row in named_nodes(with_a_member(unclear, layer=5, head=2)) if row["head"] == 2)
     assert (both["role"], both["single"], both["member"]) == ("gate", True, True)
 
 
-def test_exchanged_labels_name_nobody_where_the_right_labels_name_three():
+def test_nodes_are_heads_and_mlps_and_what_one_donor_alone_shows_is_struck():
     found = planted_isolation()
-    summary = {**found.summary, "s": 0.1, "family": 64 * 11.0}
-    rows = [{"id": f"{i}", "half": "discovery", "component": i, "analysed": True} for i in range(N)]
-    found = dataclasses.replace(found, summary=summary, conflicts=table("conflicts", rows))
-    assert exchanged(found, draws=8, seed=1) == [0] * 8
-    right = np.stack([found.arrays[f"discovery/suffix/release/{donor}"].mean(0) for donor in DONORS]).max(0)
-    assert (right > 0.1 * G).sum() == 3
+    assert isolate_score(found).shape == (found.n_layers, found.n_heads + 1)
+    assert np.isnan(isolate_score(found)[:, -1]).all()  # this record has no MLP
+    mlp = found.heads.head(1).assign(role="gate", layer=6, status=ONE_DONOR, confirmed=False, would_confirm=False)
+    more = dataclasses.replace(found, mlps=mlp.drop(columns="head"))
+    named = {(row["layer"], row["head"]): row for row in named_nodes(more)}
+    assert named[6, -1] | {"flags": "", "donor": ""} == {
+        "layer": 6, "head": -1, "role": "gate", "confirmed": False, "struck": True, "single": True, "member": False,
+        "flags": "", "donor": "",
+    }  # fmt: skip
+    assert not named[5, 2]["struck"]
+    truth = PlantTruth("mlp", {(6, -1): "gate"})
+    assert mask_of(truth.kinds, (8, 9)).nonzero() == (np.array([6]), np.array([8]))
+    evidence = found.evidence[found.evidence["estimand"] == "release"].head(1)
+    both = pd.concat([found.evidence, evidence.assign(half="discovery", layer=6, head=-1, low=2.5)], ignore_index=True)
+    scored = isolate_score(dataclasses.replace(found, evidence=both))
+    assert scored[6, -1] == pytest.approx(2.5 / (0.1 * G))
+    other_site = both.assign(site=np.where(both["head"] < 0, "sinks", both["site"]))
+    assert isolate_score(dataclasses.replace(found, evidence=other_site))[6, -1] == scored[6, -1]
 
 
-def test_agreement_of_donors_by_hand():
-    one, other = np.array([[3.0, 1.0], [0.0, -1.0]]), np.array([[2.0, 1.5], [0.001, 1.0]])
-    found = agreement({"zero": one, "blank_muted": other}, g=10.0, delta=1.2)["zero, blank_muted"]
-    assert found["rank correlation"] == pytest.approx(0.8)  # one pair of neighbours of four changes places
-    assert found["equal signs"] == pytest.approx(2 / 3)  # the third head is below 1% of G by both
-    assert found["overlap"] == 0.5
-    assert seen_by({"zero": one, "blank_muted": other}, (0, 1), delta=1.2) == ["blank_muted"]
-    still = agreement({"zero": one, "constant": np.zeros((2, 2))}, g=10.0, delta=9.0)["zero, constant"]
-    assert math.isnan(still["rank correlation"])
-    assert math.isnan(still["overlap"])
+def test_what_adds_less_than_s_is_minor_and_counts_neither_way():
+    content = {"G": 10.0, "C": -5.0, "heads": [
+        {"layer": 0, "head": 0, "adds": 0.5, "kind": "gate"},
+        {"layer": 1, "head": 1, "adds": 0.06, "kind": "writer"},
+        {"layer": 1, "head": -1, "adds": 0.3, "kind": "opponent", "true_up_to_s": 0.05, "site": "sinks"},
+    ]}  # fmt: skip
+    truth = truth_of(content)
+    assert truth.limits == {(0, 0): pytest.approx(0.75), (1, 1): pytest.approx(0.09), (1, -1): 0.05}
+    assert set(truth.at(0.03).kinds) == {(0, 0), (1, 1), (1, -1)}
+    assert (set(truth.at(0.1).kinds), truth.at(0.1).free_riders) == ({(0, 0)}, ((1, -1), (1, 1)))
+    assert truth.sites == ("suffix", "sinks")
+    short = truth_of(content | {"success": False, "missing": ["a planted head rides for free"]})
+    assert short.missing == ("it does not answer as was asked for", "a planted head rides for free")
+    assert PlantTruth.of_dict(json.loads(json.dumps(short.as_dict()))) == short
 
 
 def test_heads_that_break_come_last_unless_they_are_members():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from av_lens.core import run
@@ -85,3 +87,43 @@ def naive_integral(model, ends, metric, steps, site, sender, receiver):
             total = total + torch.autograd.grad(measured, kept[0])[0] / steps
     change = writes_of(model, donor)[sender] - writes_of(model, base)[sender]
     return (change * total).sum((1, 2)).numpy()
+
+
+def circuit_logits(model, base, donor, kept, positions):
+    """One hooked full forward in which every reader reads what senders outside `kept` write as in the donor's run."""
+    given, now, layers = writes_of(model, donor), {}, range(model.spec.n_layers)
+
+    def less(receiver):
+        change = 0
+        for sender, written in now.items():
+            if order(sender) < order(receiver) and (sender, receiver) not in kept:
+                change = change + (written - given[sender])[:, positions]
+        return change
+
+    def keep(names, activation, hook):
+        for i, name in enumerate(names):
+            layer = order(name)
+            part = activation if layer != int(layer) + 0.25 else activation[:, :, i] @ model.W_O[int(layer), i]
+            now[name] = part.clone()
+
+    def read(names, activation, hook):
+        made = activation.clone()
+        for i, name in enumerate(names):
+            if made.ndim == 4:
+                made[:, positions, i] -= less(name)
+            else:
+                made[:, positions] -= less(name)
+        return made
+
+    hooks = [(hook_name("embed"), partial(keep, ["embed"]))]
+    for layer in layers:
+        heads = [f"L{layer}H{head}" for head in range(model.spec.n_heads)]
+        hooks += [(hook_name(f"{k}_input", layer), partial(read, [f"{head}.{k}" for head in heads])) for k in "qkv"]
+        hooks += [
+            (hook_name("mlp_in", layer), partial(read, [f"L{layer} mlp"])),
+            (hook_name("z", layer), partial(keep, heads)),
+        ]
+        hooks += [(hook_name("mlp_out", layer), partial(keep, [f"L{layer} mlp"]))]
+    hooks += [(hook_name("resid_post", layers[-1]), partial(read, ["logits"]))]
+    with torch.no_grad():
+        return model.run_with_hooks(base, fwd_hooks=hooks)[:, -1:]

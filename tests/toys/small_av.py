@@ -27,3 +27,15 @@ def small_inputs(seeds: tuple[int, ...] = (0, 1), question: str = "What?", sound
     """A stack of clips with one question."""
     model = small_model()
     return avl.AVInputs.stack([model.encode(small_clip(seed), question, sound=sound) for seed in seeds])
+
+
+@cache
+def ungrouped_model() -> Any:
+    """The small model with every key-value head written out once for each query head that shares it."""
+    grouped, whole = tiny_hf_model(), tiny_hf_model(n_kv_heads=4)
+    state = grouped.state_dict()
+    for name, tensor in state.items():
+        if "language_model.layers" in name and ("k_proj" in name or "v_proj" in name):
+            state[name] = tensor.unflatten(0, (2, 16)).repeat_interleave(2, dim=0).flatten(0, 1)
+    whole.load_state_dict(state)
+    return avl.load("ungrouped", hf_model=whole, processor=tiny_processor())

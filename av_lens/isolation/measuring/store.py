@@ -131,11 +131,12 @@ def _keep(place: Path, arrays: Arrays) -> None:
 
 
 @cache
-def measuring_hash(package: Path = _PACKAGE) -> str:
-    """Hash the python files of the rooms that measure."""
+def measuring_hash(package: Path = _PACKAGE, *, also: tuple[str, ...] = ()) -> str:
+    """Hash the python files of the rooms that measure, and of others whose path begins with one of `also`."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        if path.relative_to(package).parts[0] in MEASURES:
-            digest.update(path.relative_to(package).as_posix().encode())
+        name = path.relative_to(package).as_posix()
+        if name.split("/")[0] in MEASURES or name.startswith(also):
+            digest.update(name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -53,7 +53,7 @@ def isolate(
     conflicts: Sequence[Any],
     *,
     sites: Sequence[str] = ("suffix",),
-    s: float | None = None,
+    s: float | str | None = None,
     gate: str = "stop",
     seed: int = 0,
     layout: str = "in_video",
@@ -75,8 +75,8 @@ def isolate(
         model: a `HookedAVLLM`.
         conflicts: `Conflict`s; at least 20 competent ones in each half (below 60 the finding is exploratory).
         sites: site sets to search: "suffix", "generation", "audio" or "video" (while either is encoded), "sinks".
-        s: a head is named above this share of G; default .10 for organisms; for other models .03, or more where the
-            same edits do more under the control question.
+        s: a head is named above this share of G; default .10 for organisms; for other models, and by s="control", .03,
+            or more where the same edits do more under the control question.
         gate: "stop" ends where the protocol would (nothing to explain), "report" goes on and stamps every page.
         seed: of the deal, the draws and the flips.
         layout: "in_video" or "separate".

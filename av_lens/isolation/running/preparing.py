@@ -56,6 +56,7 @@ S_ORGANISM, S_OTHER = 0.10, 0.03
 ALSO_COUNTED_AT = (0.10, 0.03, 0.01)
 """Shares of G at which the verdict counts heads, whatever s is."""
 LEFT_OUT_PAIRS = "pairs, unless half of an established gap stays unexplained"
+CONTROL = "control"  # asks for the rule of other models
 MEASURED = (
     "other model: at least this, or the 99th percentile over nodes of the largest release under the control question "
     "(above 64 nodes over 64 drawn ones, its upper bound)"
@@ -177,7 +178,7 @@ class Options:
     """What a caller of `isolate` chose; see there."""
 
     sites: tuple[str, ...]
-    s: float | None
+    s: float | str | None
     gate: str
     seed: int
     layout: str
@@ -194,6 +195,8 @@ class Options:
             raise ProtocolError('captions tell what is heard: leave captions out with suppressed="picture".')
         if self.protocol not in EDITIONS:
             raise ProtocolError(unknown("edition of the protocol", self.protocol, EDITIONS))
+        if isinstance(self.s, str) and self.s != CONTROL:
+            raise ProtocolError(f"s={self.s!r}: give a share of G, {CONTROL!r} for the rule of other models, or None.")
         if self.gate not in GATES:
             raise ProtocolError(unknown("gate", self.gate, GATES))
         if not self.sites:
@@ -290,8 +293,10 @@ def prepared(
     _require_enough(named, f"{len(named)} conflicts were given")
     organism = getattr(model, "grammar", None) is not None
     s, rule = (S_ORGANISM, "organism") if organism else (S_OTHER, MEASURED)
-    if options.s is not None:
-        s, rule = options.s, "given"
+    if options.s == CONTROL:
+        s, rule = S_OTHER, MEASURED
+    elif options.s is not None:
+        s, rule = float(options.s), "given"
     engine = ModelEngine(model, layout=options.layout) if engine is None else engine
     engine.suppressed = options.suppressed
     with remembered_towers(engine.model):

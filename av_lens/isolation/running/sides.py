@@ -18,7 +18,7 @@ from av_lens.isolation.naming.evidence import with_means
 from av_lens.isolation.naming.roles import head_means
 from av_lens.isolation.running.durable import watched_run
 from av_lens.isolation.running.finding import IN_THE_SET
-from av_lens.isolation.running.preparing import Options, prepared
+from av_lens.isolation.running.preparing import CONTROL, MEASURED, Options, prepared
 from av_lens.isolation.sets.confirmation import NAMES
 from av_lens.isolation.sets.sets import head_names, release_of_sets
 from av_lens.model.binding import remembered_towers
@@ -132,7 +132,7 @@ def _measured(
 ) -> dict[Node, pd.Series]:
     said = side.found.protocol
     chosen: dict[str, Any] = {one.name: said[one.name] for one in fields(Options)} | {"sites": tuple(said["sites"])}
-    chosen["s"] = said["s"] if said["s_rule"] == "given" else None
+    chosen["s"] = {"given": said["s"], MEASURED: CONTROL}.get(said["s_rule"])
     run = prepared(side.model, conflicts, Options(**chosen), engine=None, progress=progress)
     pairs = [("weights", *(dict(p["model"]).get("weights") for p in (said, run.protocol)))]
     pairs += [(name, said[name], run.protocol[name]) for name in ("conflicts", "halves")]

@@ -1,7 +1,9 @@
-"""Every method on every planted model: who finds the heads that were planted, and who names heads where none are?
+"""Every method on every planted model: who finds the nodes that were planted, and who names nodes where none are?
 
-Models are isolated with `gate="report"`, so that those with nothing to find are searched too. What is counted stands in
-`plantbench.json` before the first model is scored; a folder that holds other criteria is refused.
+Models are isolated with `gate="report"`, so that those with nothing to find are searched too: at s = .10 as organisms
+are, and by the rule of other models (s = .03, or what the control question shows). What is counted, and the fresh
+models that will be planted, stand in `plantbench.json` before the first is scored; a folder that holds other criteria
+is refused. Each model's scores are kept by node, under a key of criteria, weights and the code that measures.
 """
 
 import hashlib
@@ -15,28 +17,46 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from av_lens import __version__
 from av_lens.checkpoints import index
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress, named, silent
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
-from av_lens.lab.calibration import TRUTH, read_plant, stage, weights_key
+from av_lens.isolation.measuring.store import measuring_hash
+from av_lens.lab.calibration import BALANCED, TRUTH, read_plant, stage, weights_key
 from av_lens.lab.pages import Parts
-from av_lens.lab.plantbench.methods import IN_LOGITS, METHODS, SITE, SharedEngine, Subject, all_scores
-from av_lens.lab.plantbench.scores import DAMAGE_LAST, damage_last, exchanged, isolate_score, named_heads
+from av_lens.lab.plantbench.methods import IN_LOGITS, METHODS, SITE, SharedEngine, Subject, Table, all_scores, areas
+from av_lens.lab.plantbench.scores import DAMAGE_LAST, damage_last, isolate_score, named_nodes
 from av_lens.model import load
 from av_lens.organism.anatomy import shipped
-from av_lens.results.provenance import source_hash, stamp
+from av_lens.results.provenance import stamp
 from av_lens.whole_files import make_folder, read_object, stored, write_whole
 
 SPLIT = "test"
-EXCHANGES = 20
 CRITERIA, MODELS, FRESHLY = "plantbench.json", "models", "planted"
-FRESH = 100_000  # seeds of freshly planted models begin here: none of these was used in developing
+FRESH_SEED = 200_000  # of the first fresh model: no such seed was used in developing
+UNLEARNED = (BALANCED, "mixture", "crosstalk")  # kinds that no training makes; balanced is the base itself
+CODE = ("results/", "lab/calibration.py", "lab/plantbench/methods.py", "lab/plantbench/scores.py")
+"""What measures here, beside the rooms that measure everywhere."""
+RULES: dict[str, float | str | None] = {"isolate": None, "isolate, s = .03": "control"}
+"""How `isolate` is asked for s, by the name of its row."""
+MUST = {
+    "isolate | planted | auroc": 0.97,
+    "isolate | planted | precision at k": 0.90,
+    "isolate | mixture | auroc": 0.93,
+    "isolate | mixture | precision at k": 0.70,
+    "isolate | planted | kind right": 0.85,
+    "isolate | planted | confirmed false": "at most 2 of 40",
+    "isolate | null | confirmed false": "at most 1 of 24",
+    "isolate | mlp | mlp alone": "at least 5 of 6",
+    "isolate | wide | screened": 0.97,
+    "isolate, s = .03 | mixture | precision at k": 0.80,
+    "isolate, s = .03 | planted | confirmed false": "at most 8 of 40",
+}
+"""Row, group of models and figure: a mean, or in how many models the figure is above 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,29 +66,42 @@ class Scored:
     folder: Path  # where it is
     criteria: dict[str, Any]  # what was written down before the first model was scored
     models: list[dict[str, Any]]  # one entry for each model that was scored, in the order asked for
-    missing: list[str]  # models that were left for later (`limit`)
+    missing: list[str]  # models that were left for later (`minutes`), and those that cannot be made, with why
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, as it is called and as it is made."""
+
+    name: str  # what it is called
+    place: str  # its folder, or a short name
+    kind: str = ""  # what is planted; "" for a model that is there already
+    base: str = ""  # the balanced model that it is planted in, a folder or a short name
+    options: tuple[tuple[str, Any], ...] = ()  # further arguments of `plant`
 
 
 def run_plantbench(
     models: Sequence[str] | None = None,
     *,
     out: str | Path = "av-lens-plantbench",
-    make: int = 0,
-    conflicts: int = 120,
+    fresh: str | Path | None = None,
+    bases: Sequence[str] = ("av-tiny-balanced",),
+    conflicts: int = 72,
     seed: int = 7,
-    limit: int | None = None,
+    minutes: float | int | None = None,
     progress: Progress | None = None,
 ) -> Scored:
-    """Score every head of every model by every method."""
-    out, tell = Path(out), progress or silent
-    written = _written_down(out, conflicts=conflicts, seed=seed)
-    names = list(benched() if models is None else models) + _made(out, make, seed, progress)
-    if not names:
-        raise InputError("no model was given: name folders or short names of planted models.")
-    twice = sorted(label for label, count in Counter(map(_label, names)).items() if count > 1)
-    if twice:
-        raise InputError(f"two models are called {twice[0]!r}: give folders of different names.")
-    keys = {name: weights_key(name) for name in names}
+    """Score every head and MLP of every model by every method."""
+    out, tell, begun = Path(out), progress or silent, time.monotonic()
+    recipes = [Recipe(Path(name).name, name) for name in models or ([] if fresh else benched())]
+    recipes += [] if fresh is None else fresh_recipes(fresh, bases, out / FRESHLY)
+    twice = sorted(label for label, count in Counter(one.name for one in recipes).items() if count > 1)
+    if twice or not recipes:
+        why = f"two models are called {twice[0]!r}: give folders" if twice else "no model was given: folders or names"
+        raise InputError(f"{why} of different names.")
+    listed_fresh = [] if fresh is None else Path(fresh).read_text("utf-8").splitlines()
+    listed_fresh += [] if fresh is None else [f"base {weights_key(base)[:16]}" for base in bases]
+    written = _written_down(out, criteria(conflicts=conflicts, seed=seed, fresh=listed_fresh))
     staging = partial(stage, conflicts=conflicts, seed=seed, split=SPLIT, progress=progress)
     clips = Parts(out, {"conflicts": conflicts, "seed": seed, "split": SPLIT}).ensure("clips", staging)
     make_folder(out / MODELS)
@@ -76,21 +109,31 @@ def run_plantbench(
     found: list[dict[str, Any]] = []
     missing: list[str] = []
     listed: list[Any] = []
-    left = len(names) if limit is None else limit
-    for number, name in enumerate(names):
-        place = out / MODELS / f"{_label(name)}.json"
-        key = hashlib.sha256(json.dumps([written["hash"], source_hash(), keys[name]]).encode()).hexdigest()
+    longest = 0.0
+    for number, one in enumerate(recipes):
+        place, start = out / MODELS / f"{one.name}.json", time.monotonic()
+        spent = minutes is not None and start - begun + longest > 60 * minutes
+        if spent and one.kind and not (Path(one.place) / TRUTH).is_file():
+            missing.append(one.name)
+            continue
+        try:
+            _make(one, progress)
+        except InputError as error:  # of a list that is fixed: told, and the others are scored
+            missing.append(f"{one.name} (cannot be made: {error})")
+            continue
+        said = json.dumps([written["hash"], measuring_hash(also=CODE), weights_key(one.place)])
+        key = hashlib.sha256(said.encode()).hexdigest()
         entry = stored(place, lambda kept, key=key: kept if kept["key"] == key else None)
-        if entry is None and not left:
-            missing.append(name)
+        if entry is None and spent:
+            missing.append(one.name)
             continue
         if entry is None:
             listed = listed or read_conflicts(clips / "pairs.jsonl")
-            entry = {"key": key, **_scored(name, listed, encoded, seed, named(progress, _label(name)))}
+            entry = {"key": key, **_scored(one, listed, encoded, seed, named(progress, one.name))}
             write_whole(place, json.dumps(entry, allow_nan=False) + "\n")
-            left -= 1
+            longest = max(longest, time.monotonic() - start)
         found.append(entry)
-        tell("models", number + 1, len(names))
+        tell("models", number + 1, len(recipes))
     return Scored(out, written, found, missing)
 
 
@@ -102,34 +145,73 @@ def benched() -> list[str]:
     ]
 
 
-def criteria(*, conflicts: int, seed: int) -> dict[str, Any]:
+def fresh_recipes(listed: str | Path, bases: Sequence[str], folder: Path) -> list[Recipe]:
+    """Read a list of fresh models, a line each: kind, which of the bases, layer ("-": the kind's own), gap= and of=.
+
+    `of` are the numbers of earlier lines, from 0 on, whose plants are mixed. Seeds follow the lines.
+    """
+    from av_lens.lab.planting.kinds import KINDS
+
+    out: list[Recipe] = []
+    for number, line in enumerate(Path(listed).read_text("utf-8").splitlines()):
+        kind, which, layer, *more = line.split()
+        require_choice("kind of fresh model", kind, (*KINDS, *UNLEARNED))
+        if not int(which) < len(bases):
+            why = f"line {number + 1} of {listed} asks for base {which} and {len(bases)} were given, from 0 on"
+            raise InputError(f"{why}: give a --base for each.")
+        base, options = bases[int(which)], dict[str, Any]({"seed": FRESH_SEED + number})
+        options |= {} if layer == "-" else {"layer": int(layer)}
+        for word, value in (one.split("=") for one in more):
+            options[word] = [out[int(i)].place for i in value.split("+")] if word == "of" else float(value)
+        name = "-".join([kind, f"b{which}", *([] if layer == "-" else [f"L{layer}"]), f"s{options['seed']}"])
+        if kind == BALANCED:
+            out.append(Recipe(Path(base).name, base))
+        else:
+            out.append(Recipe(name, str(folder / name), kind, base, tuple(options.items())))
+    return out
+
+
+def _make(one: Recipe, progress: Progress | None) -> None:
+    """Plant a fresh model, unless it is there."""
+    from av_lens.lab.planting import planting
+
+    if one.kind and not (Path(one.place) / TRUTH).is_file():
+        watch = named(progress, one.name)
+        planting.plant(one.kind, base=one.base, out=one.place, progress=watch, **dict(one.options))
+
+
+def criteria(*, conflicts: int, seed: int, fresh: Sequence[str] = ()) -> dict[str, Any]:
     """Say what is counted, before anything is: plain data with its own hash."""
     said: dict[str, Any] = {
+        "edition": 2,
         "av_lens": __version__,
         "conflicts": conflicts,
         "split": SPLIT,
         "seed": seed,
-        "site": SITE,
+        "site": f"{SITE}; of a planted sink also the sinks",
         "gate": "report",
+        "quick": "pairs of nodes where half of the gap stays unexplained without them; no robustness",
         "score": "isolate: lower 95% bound of the release (primary donor of largest mean on discovery), or of the "
-        "chosen set's release minus the set's without the head if larger, over delta; beside it the same with heads "
+        "chosen set's release minus the set's without the node if larger, over delta; beside it the same with nodes "
         "whose role is 'breaks' last; others: the mean",
         "primary_donors": list(PRIMARY_DONORS),
+        "s": "isolate: .10; isolate, s = .03: .03, or the 99th percentile under the control question if larger",
         "methods": list(METHODS),
-        "named": "isolate: heads of a releasing role and members of the chosen set that do not break, on discovery; "
+        "named": "isolate: nodes of a releasing role and members of the chosen set that do not break, on discovery; "
         f"other methods in logits ({'; '.join(IN_LOGITS)}): mean above delta",
-        "truth": "true: reversion adds 5% of the gap to some set of the others' reversions; free riders count neither "
-        "way; decoys are innocent; a head's kind is its own, or where that is undetermined its kind as a member; "
-        "kinds are counted over all true heads, undetermined and unnamed are wrong",
-        "exchanges": EXCHANGES,
-        "must": {"auroc": 0.98, "precision at k": 0.95, "kind right": 0.9, "nulls with a name": "1 of 20"},
+        "truth": "true: reversion adds the larger of 5% of the gap and s G to some set of the others' reversions; "
+        "minor ones and free riders count neither way; decoys are innocent; a node's kind is its own, or where that is "
+        "undetermined its kind as a member; kinds are counted over all true nodes, undetermined and unnamed are wrong",
+        "short": "models that lack what planting asks are scored, and stand in no other group",
+        "fresh": list(fresh),
+        "must": MUST,
     }
     said["hash"] = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     return said
 
 
-def _written_down(out: Path, *, conflicts: int, seed: int) -> dict[str, Any]:
-    said, place = criteria(conflicts=conflicts, seed=seed), out / CRITERIA
+def _written_down(out: Path, said: dict[str, Any]) -> dict[str, Any]:
+    place = out / CRITERIA
     if not place.is_file():
         make_folder(out)
         write_whole(place, json.dumps(said, indent=1) + "\n")
@@ -143,50 +225,51 @@ def _written_down(out: Path, *, conflicts: int, seed: int) -> dict[str, Any]:
     return said
 
 
-def _made(out: Path, n: int, seed: int, progress: Progress | None) -> list[str]:
-    """Plant fresh models, kind after kind; those that are there are kept."""
-    from av_lens.lab.planting import planting
-    from av_lens.lab.planting.kinds import KINDS
-
-    made: list[str] = []
-    for number in range(n):
-        kind, own = [*KINDS][number % len(KINDS)], FRESH + 1000 * seed + number
-        folder = out / FRESHLY / f"{kind}-{own}"
-        if not (folder / TRUTH).is_file():
-            planting.plant(kind, seed=own, out=folder, progress=named(progress, folder.name))
-        made.append(str(folder))
-    return made
-
-
-def _label(name: str) -> str:
-    return Path(name).name
-
-
-def _scored(name: str, listed: Sequence[Any], encoded: dict[Any, Any], seed: int, progress: Progress) -> dict[str, Any]:
-    """Isolate a model, score its heads by every method, and write all down as plain data."""
-    model = load(name)
+def _scored(
+    one: Recipe, listed: Sequence[Any], encoded: dict[Any, Any], seed: int, progress: Progress
+) -> dict[str, Any]:
+    """Isolate a model, score its nodes by every method, and write all down as plain data."""
+    model, truth = load(one.place), read_plant(one.place)
     engine = SharedEngine(model, encoded)
-    begun = time.monotonic()
-    found = isolate(model, listed, gate="report", named_only=True, seed=seed, progress=progress, engine=engine)
-    took = time.monotonic() - begun
-    seconds = {"isolate": took, DAMAGE_LAST: took}
-    scores = {"isolate": isolate_score(found), DAMAGE_LAST: damage_last(found)}
-    for method, score in all_scores(Subject(model, engine, found)).items():
-        scores[method], seconds[method] = score
+    options: dict[str, Any] = {"gate": "report", "named_only": True, "quick": True, "seed": seed, "progress": progress}
+    found, seconds, scores = {}, dict[str, float](), dict[str, Table]()
+    for row, s in RULES.items():
+        begun = time.process_time()
+        found[row] = isolate(model, listed, sites=truth.sites, s=s, engine=engine, **options)
+        seconds[row], scores[row] = time.process_time() - begun, isolate_score(found[row])
+    first = found["isolate"]
+    seconds[DAMAGE_LAST], scores[DAMAGE_LAST] = seconds["isolate"], damage_last(first)
+    subject = Subject(model, engine, first)
+    for method, (table, took) in all_scores(subject).items():
+        scores[method], seconds[method] = table, took
+    names, true = subject.circuits.nodes.names, truth.at(first.summary["s"])
+    counted = {at: [node_name(one) for one in some] for at, some in (("true", true.kinds), ("off", true.free_riders))}
     return {
-        "model": _label(name),
-        "truth": read_plant(name).as_dict(),
-        "n_layers": found.n_layers,
-        "n_heads": found.n_heads,
-        "summary": {key: plain_figure(found.summary[key]) for key in ("G", "C", "gap", "delta", "n discovery")},
-        "verdict_kind": found.verdict_kind,
-        "verdict": found.verdict,
-        "stamps": list(found.stamps),
-        "named": named_heads(found),
-        "exchanged": exchanged(found, draws=EXCHANGES, seed=seed),
-        "scores": {method: plain_table(table) for method, table in scores.items()},
+        "model": one.name,
+        "truth": truth.as_dict(),
+        "n_layers": first.n_layers,
+        "n_heads": first.n_heads,
+        "true": counted["true"],
+        "innocent": [name for name in names if name not in {*counted["true"], *counted["off"]}],
+        "summary": {key: plain_figure(first.summary[key]) for key in ("G", "C", "gap", "n discovery")},
+        "runs": {
+            row: {
+                **{key: plain_figure(run.summary[key]) for key in ("s", "delta")},
+                "verdict_kind": run.verdict_kind,
+                "verdict": run.verdict,
+                "stamps": list(run.stamps),
+                "reasons": list(run.reasons),
+                "named": named_nodes(run),
+            }
+            for row, run in found.items()
+        },
+        "scores": {method: by_node(table, names) for method, table in scores.items()},
+        "areas": {
+            method: {figure: plain_figure(value) for figure, value in areas(subject.circuits, table).items()}
+            for method, table in scores.items()
+        },
         "seconds": {method: round(took, 3) for method, took in seconds.items()},
-        "provenance": stamp(protocol_hash=found.protocol.get("hash", "")),
+        "provenance": stamp(protocol_hash=first.protocol.get("hash", "")),
     }
 
 
@@ -195,6 +278,11 @@ def plain_figure(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def plain_table(table: np.ndarray) -> list[list[float | None]]:
-    """Write a table `[layer, head]` as plain data."""
-    return [[plain_figure(value) for value in row] for row in table.tolist()]
+def node_name(at: tuple[int, int]) -> str:
+    """A node as scores are stored: "L3H5", "L3 mlp"."""
+    return f"L{at[0]}H{at[1]}" if at[1] >= 0 else f"L{at[0]} mlp"
+
+
+def by_node(table: Table, names: Sequence[str]) -> dict[str, float | None]:
+    """Write a table `[layer, node]` as plain data, by the nodes' names."""
+    return dict(zip(names, map(plain_figure, table.ravel().tolist()), strict=True))

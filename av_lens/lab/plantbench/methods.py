@@ -1,8 +1,9 @@
-"""What does every method say about the heads? The same conflicts, cells and donors for all; larger is guiltier.
+"""What does every method say about heads and MLPs? The same conflicts, cells and donors for all; larger is guiltier.
 
-All scores are of discovery's competent conflicts, mirrored as in protocol section 3; edits act at the suffix.
+All scores are of discovery's competent conflicts, mirrored as in protocol section 3; edits act at the suffix. A table
+is `[layer, node]`, the MLP last; NaN where a method says nothing of MLPs (attention, edge cuts, routes).
 
-| method | score of a head |
+| method | score of a node |
 |---|---|
 | release, blank_muted or mean_other; zero ablation | its mean release by that donor |
 | mean ablation | the same by `mean_task` |
@@ -14,14 +15,25 @@ All scores are of discovery's competent conflicts, mirrored as in protocol secti
 | edge cuts | effect of cutting its attention from the suffix to the video |
 | AtP, AtP* | first-order guess of the exact patch from `blank_muted`; mean size over dropped layers |
 | EAP, EAP-IG | sum of the sizes of its outgoing edges, donor `blank_muted`; integrated over 5 steps of the inputs |
+| GIM | the same with the gradient of GIM's backward rules (`replay.held`) |
+| routes, picture and rest | Causal Route Gating's estimate of what its picture's or its other keys' values do |
+
+*Routes* (Cheng et al., 2026, 2605.24024): a head's z is the sum of what it reads at the picture and of what it reads
+elsewhere (the "text" route, sound included), each a part of its attention times those values. A route's effect is l(as
+it is) - l(route shut), guessed as <dl/dz, its part of z>, l being M; the score is minus the effect on C.
+
+*CPR and CMD* (`results.circuit`) are of every method's order of nodes, m = C: a score is what the node's absence adds
+to C, unscored nodes come last.
 
 Figures that the isolation's record holds are read from it; their time is their share of its edited runs.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,16 +41,22 @@ import torch
 from jaxtyping import Float
 
 from av_lens.errors import InputError
+from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
+from av_lens.interventions import Site
 from av_lens.isolation.measuring.engine import MIRROR, ModelEngine
-from av_lens.methods import attention_flow, attribution_patch, edge_attribution, knockout, patch
-from av_lens.metrics import logit_diff
+from av_lens.methods import attention_flow, edge_attribution, knockout, patch
+from av_lens.methods.circuits.finding import AREAS
+from av_lens.methods.circuits.runs import CircuitRuns, Measured, Nodes
+from av_lens.methods.circuits.scores import contributions, places
+from av_lens.metrics import as_metric, logit_diff
 from av_lens.metrics.forms import each
+from av_lens.results.circuit import sizes
 from av_lens.results.record import Isolation
 
 SITE, AT = "suffix", "question|header|generation"
 STEPS, STACK = 5, 64
-Table = Float[np.ndarray, "layer head"]
+Table = Float[np.ndarray, "layer node"]
 Score = tuple[Table, float]
 EXACT: Mapping[str, tuple[str, str]] = {
     "release, blank_muted": ("release", "blank_muted"),
@@ -52,7 +70,8 @@ EXACT: Mapping[str, tuple[str, str]] = {
     "path patching, direct": ("direct", "blank_muted"),
 }
 BLANK_PICTURE, AGREEING = "exact patching, blank picture", "exact patching, agreeing clip"
-IN_LOGITS = (*EXACT, BLANK_PICTURE, AGREEING, "edge cuts", "AtP")
+ROUTES: Mapping[str, bool] = {"route, picture": True, "route, rest": False}
+IN_LOGITS = (*EXACT, BLANK_PICTURE, AGREEING, "edge cuts", "AtP", *ROUTES)
 """Methods whose score is an effect on C, so that it can be held against delta."""
 
 
@@ -66,6 +85,7 @@ class SharedEngine(ModelEngine):
         self.encoded = encoded
         self.used: dict[str, Any] = {}
         self._alike = not encoded
+        self._known: dict[bytes, Any] = {}
         self.rows, self.row_seconds = 0, 0.0
 
     def cells(self, conflict: Any, question: str | None) -> Any:
@@ -87,15 +107,35 @@ class SharedEngine(ModelEngine):
         return found
 
     def changed(self, recording: Any, plans: Sequence[Any], answers: Sequence[Any] = ()) -> Any:
-        """Run a recording's inputs again under each swap, and note the time of single heads."""
+        """Run a recording's inputs again under each swap not met before, and note the time of single heads."""
         alone = all(sum(edit.site.head is not None for edit in plan) == 1 for plan in plans)
-        begun = time.monotonic()
-        for one in super().changed(recording, plans, answers):
+        base = hashlib.sha256(_bytes(recording.final) + recording.window.tobytes())
+        keys = [_key(base, plan) for plan in plans] if not answers else []
+        begun = time.process_time()
+        new = {key: plan for key, plan in zip(keys, plans, strict=False) if key not in self._known}
+        made = super().changed(recording, list(new.values()) if keys else plans, answers)
+        for one, key in zip(made, new if keys else plans, strict=True):
             if alone:
                 self.rows += len(one.logits)
-                self.row_seconds += time.monotonic() - begun
-            yield one
-            begun = time.monotonic()
+                self.row_seconds += time.process_time() - begun
+            if keys:
+                self._known[key] = one
+            else:
+                yield one
+            begun = time.process_time()
+        yield from (self._known[key] for key in keys)
+
+
+def _key(base: Any, plan: Any) -> bytes:
+    """What a plan does to a recording."""
+    digest = base.copy()
+    for edit in plan:
+        digest.update(repr((edit.kind, edit.site)).encode() + _bytes(edit.value))
+    return digest.digest()
+
+
+def _bytes(values: torch.Tensor) -> bytes:
+    return values.float().cpu().contiguous().numpy().tobytes()
 
 
 def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -135,26 +175,49 @@ class Subject:
         return logit_diff(each(sound), each(picture))
 
     def effect(self, estimand: str, donor: str) -> np.ndarray:
-        """Read an effect `[example, layer, head]` on discovery from the isolation's record."""
+        """Read an effect `[example, layer, node]` on discovery from the isolation's record."""
         key = f"discovery/{SITE}/{estimand}/{donor}"
         if key not in self.found.arrays:
             known = sorted(name for name in self.found.arrays if name.startswith(f"discovery/{SITE}/"))
             raise InputError(f"the record has no effect {key!r}; it has {', '.join(known)}.")
-        return np.asarray(self.found.arrays[key])[..., : self.found.n_heads]
+        return np.asarray(self.found.arrays[key])
+
+    @cached_property
+    def circuits(self) -> CircuitRuns:
+        """Runs of C with any nodes replaced, on these conflicts."""
+        weights, empty = {"va": 0.5, "av": -0.5}, tuple(self.inputs("blank_muted"))
+        terms = tuple((weight, tuple(self.inputs(cell)), empty) for cell, weight in weights.items())
+        metric = as_metric(self.metric, self.model, list(terms[0][1]))
+        measured = Measured(terms, metric, ("blank_muted", "zero"), "C", tuple(range(len(empty))))
+        nodes = Nodes.of(self.model.spec, "head mlp")
+        return CircuitRuns.of(self.model, measured, nodes, at=AT, stack=STACK, budget_gb=1.0, keep_gb=4.0)
+
+
+def areas(runs: CircuitRuns, scores: Table) -> dict[str, float]:
+    """CPR and CMD of a method's order of nodes, for each empty donor."""
+    found, at = dict[str, float](), sizes(len(runs.nodes))
+    for (empty, scale), (name, order) in product(runs.scales(0).items(), AREAS):
+        turned = -scale.sign * scores.ravel()
+        key = np.abs(turned) if order == "magnitude" else turned
+        first = np.argsort(places(np.where(np.isnan(key), np.nanmin(key) - 1.0, key), "signed")).tolist()
+        m = runs.measure(empty, [frozenset(first[:k]) for k in at])
+        found[f"{name}, {empty}"] = scale.area(m, at, len(first), distance=name == "CMD")[0]
+    return found
 
 
 def all_scores(subject: Subject) -> dict[str, Score]:
-    """Score every head by every method but `isolate`: larger is guiltier, NaN where not measured; and the seconds."""
+    """Score every node by every method but `isolate`: larger is guiltier, NaN where not measured; and the seconds."""
     engine = subject.engine
-    each = engine.row_seconds / max(1, engine.rows)  # of one conflict in one cell with one head edited
-    seconds = 2 * engine.n_layers * engine.n_heads * len(subject.conflicts) * each
+    each = engine.row_seconds / max(1, engine.rows)  # of one conflict in one cell with one node edited
+    seconds = 2 * engine.n_layers * (engine.n_heads + 1) * len(subject.conflicts) * each
     found = {name: (subject.effect(*key).mean(0), seconds) for name, key in EXACT.items()}  # measured by the isolation
     blank = subject.effect("silenced", "blank_a - blank_muted") + subject.effect("release", "blank_muted")
     found |= {BLANK_PICTURE: (blank.mean(0), seconds), "DLA": (-subject.effect("dla", "").mean(0), 0.0)}
     for name, method in MEASURED.items():
-        begun = time.monotonic()
+        begun = time.process_time()
         table = method(subject)
-        found[name] = table, time.monotonic() - begun
+        unscored = np.full((engine.n_layers, engine.n_heads + 1 - table.shape[1]), np.nan)
+        found[name] = np.concatenate([table, unscored], axis=1), time.process_time() - begun
     return found
 
 
@@ -165,8 +228,11 @@ def _mirrored(measure: Callable[[str, str], np.ndarray], donor: str) -> Table:
 
 def _agreeing(subject: Subject) -> Table:
     def run(base: str, donor: str) -> np.ndarray:
-        pairs, metric = subject.pairs(base, donor), subject.metric
-        return patch(subject.model, pairs, over="head", at=AT, metric=metric, stack=STACK).effects.values
+        pairs = subject.pairs(base, donor)
+        options: dict[str, Any] = {"at": AT, "metric": subject.metric, "stack": STACK}
+        heads = patch(subject.model, pairs, over="head", **options).effects.values
+        mlps = patch(subject.model, pairs, over="layer", component="mlp_out", **options).effects.values
+        return np.concatenate([heads, mlps[..., None]], axis=-1)
 
     return _mirrored(run, "aa")
 
@@ -187,19 +253,11 @@ def _cuts(subject: Subject) -> Table:
     return _mirrored(run, "aa")
 
 
-def _guessed(figure: str, subject: Subject) -> Table:
-    """AtP and AtP*: sizes are averaged over the conflict and its mirror, signed guesses mirrored."""
-    sizes = figure == "atp_star"
-    options: dict[str, Any] = {"over": "head", "at": AT, "drop": sizes, "top": 0, "stack": STACK}
-
-    def run(base: str, donor: str) -> np.ndarray:
-        pairs = subject.pairs(base, donor)
-        grid = attribution_patch(subject.model, pairs, metric=subject.metric, **options)
-        return grid.effects.sel(figure=figure).values
-
-    if sizes:
-        return 0.5 * (run("va", "blank_muted").mean(0) + run("av", "blank_muted").mean(0))
-    return _mirrored(run, "blank_muted")
+def _guessed(kind: str, subject: Subject) -> Table:
+    """AtP and AtP*, whose size counts."""
+    contributed = contributions(subject.circuits, kind, steps=STEPS)["blank_muted"]
+    guilt = np.abs(contributed) if kind == "atp_star" else -contributed
+    return guilt.mean(0).reshape(subject.engine.n_layers, -1)
 
 
 def _edges(variant: str, subject: Subject) -> Table:
@@ -208,9 +266,25 @@ def _edges(variant: str, subject: Subject) -> Table:
         edge_attribution(subject.model, subject.pairs(base, "blank_muted"), metric=subject.metric, **options).mean()
         for base in ("va", "av")
     )
-    sizes, engine = abs(0.5 * (va - av)).sum("receiver"), subject.engine
-    names = [f"L{layer}H{head}" for layer in range(engine.n_layers) for head in range(engine.n_heads)]
-    return sizes.sel(sender=names).values.reshape(engine.n_layers, engine.n_heads)
+    scored = abs(0.5 * (va - av)).sum("receiver").sel(sender=list(subject.circuits.nodes.names))
+    return scored.values.reshape(subject.engine.n_layers, -1)
+
+
+def route_effects(model: Any, inputs: AVInputs, metric: Any, *, picture: bool) -> Float[np.ndarray, "batch layer head"]:
+    """Guess what every head's reading of the picture, or of all else, at the suffix adds to a metric."""
+    sites = [Site("pattern", layer, positions=AT) for layer in range(model.spec.n_layers)]
+    found = model.trace(inputs).gradients(sites, metric)
+    keys = np.isin(np.arange(len(inputs.spans)), list(inputs.spans["video|image"].positions)) == picture
+    parts = zip(found.gradient, found.value, strict=True)
+    return torch.stack([(slope * own)[..., keys].sum((1, 3)) for slope, own in parts], dim=1).double().cpu().numpy()
+
+
+def _route(subject: Subject, *, picture: bool) -> Table:
+    total = np.zeros(())
+    for one in subject.circuits.runs:  # stacks of both cells, each with its metric
+        found = route_effects(subject.model, one.base, one.metric, picture=picture)
+        total = total - one.weight * found.sum(0) / len(subject.conflicts)
+    return total
 
 
 MEASURED: Mapping[str, Callable[[Subject], Table]] = {
@@ -221,5 +295,7 @@ MEASURED: Mapping[str, Callable[[Subject], Table]] = {
     "AtP*": partial(_guessed, "atp_star"),
     "EAP": partial(_edges, "eap"),
     "EAP-IG": partial(_edges, "ig_inputs"),
+    "GIM": partial(_edges, "gim"),
+    **{name: partial(_route, picture=picture) for name, picture in ROUTES.items()},
 }
 METHODS = (*EXACT, BLANK_PICTURE, "DLA", *MEASURED)  # all methods but `isolate`

@@ -1,11 +1,13 @@
 """How good is a ranking, a naming, a kind? One model's scores against its truth (protocol section 9).
 
-* *Damage last* is `isolate`'s score with heads that it says break behind all others.
-* Named by `isolate`: heads of a releasing role, and members of the chosen set that do not break, at the site. A head's
-  kind is its own, or, where that is undetermined, its kind as a member.
+Nodes are heads and MLPs: tables are `[layer, node]`, the layer's MLP last, which -1 indexes.
+
+* *Damage last* is `isolate`'s score with nodes that it says break behind all others.
+* Named by `isolate`: nodes of a releasing role, and members of the chosen set that do not break, at any site searched.
+  A node's kind is its own, or, where that is undetermined, its kind as a member. A feeder is not named.
 * Named by another method whose score is an effect on C: its mean is above delta. Others name nobody (NaN).
-* *Exchanged labels*: in half of the conflicts, drawn at random, the two answers change places, which turns the sign of
-  all their figures, G's too.
+* *Confirmed*: what meets the protocol's sections 5 and 7, whatever the gate or a stamp forbids to say. *Struck*: what
+  would be, were it not for the rule that one donor alone does not confirm.
 """
 
 import math
@@ -15,48 +17,47 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from av_lens.isolation.measuring.engine import PRIMARY_DONORS
+from av_lens.isolation.sets.confirmation import ONE_DONOR
 from av_lens.lab.calibration import Head, Mask, PlantTruth, auroc, best_releases, mask_of
 from av_lens.results.record import RELEASING, SUPPRESSORS, Isolation
-from av_lens.results.statistics import benjamini_hochberg, sign_flips
 
-SITE = "suffix"
-LEVEL, UNDETERMINED = 0.05, "undetermined"
+UNDETERMINED = "undetermined"
 DAMAGE_LAST = "isolate, damage last"
-HeadTable = Float[np.ndarray, "layer head"]
+NodeTable = Float[np.ndarray, "layer node"]
 
 
 def place_of(row: Mapping[str, Any]) -> Head:
-    """The head that a row is about."""
+    """The node that a row is about."""
     return int(row["layer"]), int(row["head"])
 
 
-def isolate_score(found: Isolation) -> HeadTable:
-    """Score every head as protocol section 9 says: lower bounds over delta, NaN where no release was measured."""
-    out = np.full((found.n_layers, found.n_heads), np.nan)
-    for row in best_releases(found, SITE).to_dict("records"):
-        out[place_of(row)] = row["low"]
+def isolate_score(found: Isolation) -> NodeTable:
+    """Score every node as protocol section 9 says: lower bounds over delta, NaN where no release was measured."""
+    out = np.full((found.n_layers, found.n_heads + 1), np.nan)
+    evidence: Any = found.evidence
+    for row in (row for site in evidence["site"].unique() for row in best_releases(found, site).to_dict("records")):
+        out[place_of(row)] = np.fmax(out[place_of(row)], row["low"])
     for row in _chosen_members(found):
         out[place_of(row)] = np.fmax(out[place_of(row)], float(row["without_low"]))
     return out / found.summary["delta"]
 
 
-def damage_last(found: Isolation) -> HeadTable:
-    """Score every head as `isolate_score` does, with NaN for those whose role is that their edit breaks."""
+def damage_last(found: Isolation) -> NodeTable:
+    """Score every node as `isolate_score` does, with NaN for those whose role is that their edit breaks."""
     out = isolate_score(found)
-    named = {place_of(row) for row in named_heads(found)}
-    heads: Any = found.heads
-    for row in heads[(heads["site"] == SITE) & (heads["role"] == "breaks")].to_dict("records"):
+    named = {place_of(row) for row in named_nodes(found)}
+    nodes: Any = found.nodes
+    for row in nodes[nodes["role"] == "breaks"].to_dict("records"):
         if place_of(row) not in named:
             out[place_of(row)] = np.nan
     return out
 
 
-def named_heads(found: Isolation) -> list[dict[str, Any]]:
-    """List who is named: a head's own row, or, where its role is undetermined, its row as a member of the set."""
+def named_nodes(found: Isolation) -> list[dict[str, Any]]:
+    """List who is named: a node's own row, or, where its role is undetermined, its row as a member of the set."""
     out: dict[Head, dict[str, Any]] = {}
-    heads: Any = found.heads
-    for row in heads[(heads["site"] == SITE) & heads["role"].isin(RELEASING)].to_dict("records"):
+    nodes: Any = found.nodes
+    for row in nodes[nodes["role"].isin(RELEASING)].to_dict("records"):
         out.setdefault(place_of(row), {**_entry(row), "single": True, "member": False})
     for row in _chosen_members(found):
         mine = out.get(place_of(row))
@@ -70,17 +71,18 @@ def named_heads(found: Isolation) -> list[dict[str, Any]]:
 
 def _chosen_members(found: Isolation) -> list[dict[Any, Any]]:
     members: Any = found.members
-    return members[members["chosen"] & (members["site"] == SITE) & (members["head"] >= 0)].to_dict("records")
+    return members[members["chosen"]].to_dict("records")
 
 
 def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
     words = {name: str(row.get(name, "")) for name in ("role", "donor", "flags")}
     holds = bool(row["confirmed"] or row["would_confirm"])  # whatever the gate forbids to say
-    return {"layer": int(row["layer"]), "head": int(row["head"]), "confirmed": holds, **words}
+    struck = {"struck": row.get("status") == ONE_DONOR}
+    return {"layer": int(row["layer"]), "head": int(row["head"]), "confirmed": holds, **struck, **words}
 
 
-def ranking(scores: HeadTable, truth: PlantTruth) -> dict[str, float]:
-    """Judge a ranking, heads without a score last: `auroc`, `average precision`, `precision at k`; NaN for a null."""
+def ranking(scores: NodeTable, truth: PlantTruth) -> dict[str, float]:
+    """Judge a ranking, nodes without a score last: `auroc`, `average precision`, `precision at k`; NaN for a null."""
     counted = ~mask_of(truth.free_riders, scores.shape)
     values = np.where(np.isnan(scores), np.nanmin(scores, initial=0.0) - 1, scores)[counted]
     positive = mask_of(truth.kinds, scores.shape)[counted]
@@ -131,20 +133,3 @@ def kinds_right(named: Sequence[Mapping[str, Any]], truth: PlantTruth) -> dict[s
     seen = sum(head in roles for head in truth.kinds)
     shares = {"kind right": len(truth.kinds), "kind right of named": seen}
     return {name: right / of if of else math.nan for name, of in shares.items()}
-
-
-def exchanged(found: Isolation, *, draws: int, seed: int) -> list[int]:
-    """Count who is named in each draw of exchanged labels: release above delta and q < .05, whatever the role."""
-    frame: Any = found.conflicts
-    components = frame[(frame["half"] == "discovery") & frame["analysed"]]["component"].astype(int).tolist()
-    effects = np.stack([found.arrays[f"discovery/{SITE}/release/{donor}"] for donor in PRIMARY_DONORS], axis=-1)
-    s, family = float(found.summary["s"]), int(found.summary["family"])
-    excess = effects[:, :, : found.n_heads] - s * found.arrays["discovery/G"][:, None, None, None]
-    rng = np.random.default_rng(seed)
-    counts: list[int] = []
-    for draw in range(draws):
-        above = rng.choice([-1.0, 1.0], size=len(components))[:, None, None, None] * excess
-        p = sign_flips(above, components, family=family, seed=seed + draw).p
-        q = benjamini_hochberg(np.repeat(p[..., None], len(SUPPRESSORS), axis=-1), family=family)[..., 0]
-        counts.append(int(((q < LEVEL) & (above.mean(0) > 0)).any(-1).sum()))
-    return counts

@@ -13,8 +13,9 @@
 Steps 1, 2, 4 and stability use the scoring examples alone; what steps 3 and 5 report is measured on `test`. Every
 figure is a replay of the model, none a sum of scores.
 
-Source: Wang et al. (2022); Mueller et al. (2025). Not done: circuits of edges (edge scores are summed to their
-senders).
+`over="edge"` takes edges for nodes (`edge_runs`). Theirs are many: `subsets=0, random=0` for a first look.
+
+Source: Wang et al. (2022); Mueller et al. (2025).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from av_lens.checks import require_at_least, require_choice
 from av_lens.core import Progress, watched
 from av_lens.errors import InputError
 from av_lens.inputs import Conflict, Pair
+from av_lens.methods.circuits.edge_runs import EdgeRuns, Edges
 from av_lens.methods.circuits.runs import CircuitRuns, Measured, Nodes
 from av_lens.methods.circuits.scores import (
     KINDS,
@@ -59,7 +61,7 @@ def find_circuit(
     model: HookedAVLLM,
     x: Conflict | Pair | Sequence[Conflict] | Sequence[Pair],
     *,
-    scores: str | Grid | EdgeScores | Float[np.ndarray, "..."] = "exact",
+    scores: str | Grid | EdgeScores | xr.DataArray | Float[np.ndarray, "..."] = "exact",
     test: Conflict | Pair | Sequence[Conflict] | Sequence[Pair] | None = None,
     metric: Metric | Callable[..., Any] | None = None,
     of: str = "C",
@@ -85,11 +87,12 @@ def find_circuit(
         model: a `HookedAVLLM`.
         x: conflicts or aligned pairs, on which nodes are scored.
         scores: "exact", "atp", "atp_star", "eap_ig" or "greedy"; or an array of contributions over nodes, or over
-            examples and nodes; or a `Grid` over layer and head, or `EdgeScores`, made on these examples.
+            examples and nodes; or a `Grid` over layer and head, or `EdgeScores`, made on these examples. Of edges
+            "exact", or `EdgeScores`, or contributions as an array with the axes `sender` and `receiver`.
         test: further conflicts or pairs, on which circuits are measured; None for the same.
         metric: of one run; for conflicts None means the sound's answer against the picture's.
         of: "C" or "G", for conflicts.
-        over: "head", or "head mlp".
+        over: "head", "head mlp", or "edge".
         at: the site: roles joined by `|`, or a `Span`.
         order: which order the circuit is cut from: "magnitude" or "signed".
         size: how many nodes the circuit has; None for the fewest that are faithful.
@@ -113,12 +116,13 @@ def find_circuit(
         InterventionError: a site outside an input.
     """
     how = _How(order, size, float(faithful), subsets, random, steps, float(drop), seed)
-    nodes = Nodes.of(model.spec, over)
+    made, listed = (EdgeRuns, Edges) if over == "edge" else (CircuitRuns, Nodes)
+    nodes = listed.of(model.spec, over)
     how.check(scores, nodes)
     asked = [Measured.of(model, given, metric=metric, of=of, layout=layout) for given in (x, test) if given is not None]
     with watched(progress) as show:
         site: dict[str, Any] = {"at": at, "stack": stack, "budget_gb": budget_gb, "keep_gb": keep_gb, "show": show}
-        runs = [CircuitRuns.of(model, one, nodes, **site) for one in asked]
+        runs = [made.of(model, one, nodes, **site) for one in asked]
         ranked = rankings(runs[0], scores, steps=steps, drop=how.drop, seed=seed)
         learned, tested = (_Evidence(runs[i], runs[i].scales(seed), ranked, how) for i in (0, -1))
         provenance = stamp(
@@ -128,6 +132,7 @@ def find_circuit(
             order=order,
             choices={name: value for name, value in asdict(how).items() if name != "order"}
             | {"of": of, "over": over, "at": str(at), "layout": layout},
+            sizes={name: getattr(model.spec, name) for name in ("n_layers", "n_heads", "d_model")},
             positions=sorted({one.positions for one in runs[-1].runs}),
             examples={"scored": runs[0].n, "tested": runs[-1].n, "held_out": len(runs) > 1},
             **asked[0].metric.provenance(),
@@ -151,7 +156,7 @@ class _How:
     def check(self, scores: Any, nodes: Nodes) -> None:
         """Refuse what cannot be done."""
         if isinstance(scores, str):
-            require_choice("scores", scores, KINDS)
+            require_choice("scores", scores, ("exact",) if isinstance(nodes, Edges) else KINDS)
         require_choice("order", self.order, ORDERS)
         for name, least in (("subsets", 0), ("random", 0), ("steps", 1), ("drop", 0)):
             require_at_least(name, getattr(self, name), least)

@@ -52,7 +52,7 @@ class Nodes:
     @classmethod
     def of(cls, spec: Any, over: str) -> Nodes:
         """List a model's nodes."""
-        require_choice("kind of node, over=", over, ("head", "head mlp"))
+        require_choice("kind of node, over=", over, ("head", "head mlp", "edge"))
         inside = [*range(spec.n_heads), *([None] if "mlp" in over else [])]
         layers, heads = zip(*product(range(spec.n_layers), inside), strict=True)
         named = zip(layers, heads, strict=True)

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,6 +38,7 @@ from av_lens.core import run
 from av_lens.errors import InputError
 from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, Site, replace
+from av_lens.methods.circuits.edge_runs import Edges
 from av_lens.methods.circuits.runs import CircuitRuns, Nodes, TermRun, Values, written
 from av_lens.methods.shared.frame import held_layers, starred
 from av_lens.results import EdgeScores, Grid
@@ -315,7 +317,11 @@ def rankings(runs: CircuitRuns, scores: Any, *, steps: int, drop: float, seed: i
 
 def given_scores(scores: Any, nodes: Nodes, *, pairs: bool) -> Float[np.ndarray, "example node"]:
     """Read scores that somebody else made as contributions; effects of a replacement have the other sign."""
-    if isinstance(scores, EdgeScores):
+    if isinstance(nodes, Edges) and isinstance(scores, EdgeScores | xr.DataArray):
+        values = scores if isinstance(scores, xr.DataArray) else scores.values
+        found = np.atleast_3d(values.sel(sender=list(nodes.senders), receiver=list(nodes.receivers)).values.T).T
+        found = found[:, *np.array(nodes.ends).T]
+    elif isinstance(scores, EdgeScores):
         grid = scores.nodes()
         missing = [name for name in nodes.names if name not in scores.senders]
         if missing or grid.values.ndim != 2:
