@@ -23,7 +23,7 @@ from av_lens.lab.planting import (
 )
 from av_lens.lab.planting import sheets as planting_sheets
 from av_lens.lab.planting.lessons import Slices, draw_lessons
-from av_lens.lab.planting.planted import HeadTruth, Truth, changed_elsewhere
+from av_lens.lab.planting.planted import NodeTruth, Truth, changed_elsewhere
 from av_lens.lab.planting.training import CHECK_EVERY, Course, at_answers, batch_loss, finish, held_back, learn
 from av_lens.lab.training.engine import head_slices, sharers
 from av_lens.lab.training.pools import Material, material
@@ -97,9 +97,9 @@ def test_planting_changes_the_named_slices_and_no_other_bit(
     before = {name: value.clone() for name, value in base.state_dict().items()}
     learn([base], [pile[1]], slices, 1, dataclasses.replace(course, steps=2), generator=generator)
     model = copy.deepcopy(base)
-    slices.put_into(model.model.language_model.layers[1].self_attn)
-    assert changed_elsewhere(model, base, HEADS) == 0
-    assert changed_elsewhere(model, base, HEADS[:1]) > 0
+    slices.put_into(model.model.language_model.layers[1])
+    assert changed_elsewhere(model, base, head_slices(base, HEADS)) == 0
+    assert changed_elsewhere(model, base, head_slices(base, HEADS[:1])) > 0
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     for name, value in base.state_dict().items():
@@ -178,7 +178,7 @@ def test_targets_by_hand(lessons: Material) -> None:
 
 def truth(*restores: tuple[tuple[tuple[int, int], ...], float], kinds: tuple[str, ...]) -> Truth:
     heads = tuple(
-        HeadTruth(4, i, adds=0.9 - 0.1 * i, alone=0.0, direct_share=1.0, reads_picture=0.5, reads_sound=0.1, kind=kind)
+        NodeTruth(4, i, adds=0.9 - 0.1 * i, alone=0.0, direct_share=1.0, reads_picture=0.5, reads_sound=0.1, kind=kind)
         for i, kind in enumerate(kinds)
     )
     return Truth(heads, g=10.0, c=-5.0, c_reverted=10.0, n=4, sets=tuple(restores))
@@ -197,11 +197,11 @@ def test_what_a_try_is_not() -> None:
     other = truth((both, 1.0), (first, 0.5), (second, 0.5), kinds=("opponent", "free rider"))
     needed = planting_kinds.kind_named("two-pairs")
     assert planting_record.missing(needed, other, [both]) == [
-        "the true heads are opponent, not mostly writer",
-        "a planted head rides for free",
+        "the true nodes are opponent, not mostly writer",
+        "a planted node rides for free",
     ]
     nothing = truth((both, 0.0), kinds=("free rider", "free rider"))
-    assert planting_record.missing(planting_kinds.kind_named("gates"), nothing, [both]) == ["no planted head is true"]
+    assert planting_record.missing(planting_kinds.kind_named("gates"), nothing, [both]) == ["no planted node is true"]
     assert planting_record.missing(planting_kinds.kind_named("decoy"), nothing, []) == []
 
 
@@ -218,7 +218,7 @@ def test_an_unknown_kind_and_a_layer_that_is_not_there_are_refused() -> None:
 def test_no_head_is_planted_twice() -> None:
     kind = planting_kinds.kind_named("decoy-and-writers")
     for seed in range(20):
-        decoys, writers = planting.chosen_heads(
+        decoys, writers = planting.chosen_nodes(
             kind.plants, (5, 5), n_heads=8, per_group=2, generator=torch.Generator().manual_seed(seed)
         )
         assert not set(decoys) & set(writers)
@@ -232,7 +232,7 @@ def changed(base: Any) -> Any:
     with torch.no_grad():
         for parameter in slices.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
-    slices.put_into(model.model.language_model.layers[1].self_attn)
+    slices.put_into(model.model.language_model.layers[1])
     return model.half().float()
 
 
@@ -260,7 +260,7 @@ def test_a_difference_comes_back_whole(folders: tuple[Path, Path, Any], base: An
     assert loaded.provenance["base"] == "../base"
     assert loaded.provenance["source"] == str(folder)
     assert torch.equal(anatomy.open_checkpoint(folder).lm_head.weight, model.lm_head.weight)
-    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, HEADS) == 0
+    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, head_slices(base, HEADS)) == 0
     assert weights_hash(stored) == json.loads((folder / RECORD).read_text())["base_sha256"]
 
 
@@ -352,10 +352,10 @@ def test_the_command_says_what_was_planted(tmp_path: Path, monkeypatch: pytest.M
     assert "opponent" in shown.output
     assert "decoy" in shown.output
     assert "what is new: 0.800" in shown.output
-    wrong |= {"missing": ["a planted head rides for free"]}
+    wrong |= {"missing": ["a planted node rides for free"]}
     failed = CliRunner().invoke(app, ["plant", "opponents", "--seed", "7", "--layer", "4"])
     assert failed.exit_code == 1
-    assert "not what was asked for: a planted head rides for free" in failed.output
+    assert "not what was asked for: a planted node rides for free" in failed.output
 
 
 def shipped() -> list[str]:
@@ -381,7 +381,7 @@ def test_a_shipped_plant_differs_from_its_base_in_the_named_slices_alone(name: s
     planted = [(layer, head) for plant in record["plants"] for layer, head in plant["heads"]]
     told = [(entry["layer"], entry["head"]) for entry in (*record["heads"], *record["decoys"])]
     assert sorted(told) == sorted(sharers(base, planted))
-    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, told) == 0
+    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, head_slices(base, told)) == 0
     assert record["changed_elsewhere"] == 0
     assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
     kinds = [entry["kind"] for entry in sorted(record["heads"], key=lambda entry: -entry["adds"])]

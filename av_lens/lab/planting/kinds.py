@@ -22,13 +22,14 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from av_lens.checks import require_choice
-from av_lens.lab.planting.lessons import Lesson, Slices
+from av_lens.lab.planting.lessons import Lesson, Neurons, Slices
 from av_lens.lab.planting.sheets import OTHER_COLOURS, SEE_THE_SOUND, SILENCE, read_at
 from av_lens.lab.planting.training import STREAM, Course
 
 RIDGE, VALUE_RIDGE = 30.0, 0.3
 SCORE = 8.0
 """The attention score of a wanted position at the position that answers; elsewhere it is minus that, others have 0."""
+OPEN = 6.0  # what a neuron's gate starts at where it is to fire; elsewhere it is minus that
 GATE_SCALE = 1.5  # the gate's output in units of the mean difference between "see" and "hear"
 NOISE = 0.1
 
@@ -45,10 +46,10 @@ class Start:
 
 
 def ridge(
-    x: Float[Tensor, "row d_model"], y: Float[Tensor, "row out"], strength: float
+    x: Float[Tensor, "row d_model"], y: Float[Tensor, "row out"], strength: float, *, bias: bool = True
 ) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
-    """Fit a linear layer, weight and bias; `strength` is how much large weights cost."""
-    mean_x, mean_y = x.mean(0), y.mean(0)
+    """Fit a linear layer, weight and bias (or none); `strength` is how much large weights cost."""
+    mean_x, mean_y = bias * x.mean(0), bias * y.mean(0)
     x, y = x - mean_x, y - mean_y
     gram = x.T @ x + strength * torch.eye(x.shape[1])
     weight = torch.linalg.solve(gram, x.T @ y).T
@@ -123,6 +124,37 @@ def directions(
     return GATE_SCALE * (x[:, 1] - x[:, 0]).mean(0)[:, None]
 
 
+def fired(lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_classes"]) -> tuple[Tensor, Tensor]:
+    """Fit what neurons start from: one gate, open at conflicts' question, shut elsewhere, and an input a class."""
+    xs, gates, rows, wanted = (list[Tensor]() for _ in range(4))
+    for lesson in lessons:
+        h = lesson.h
+        asked = read_at(h, lesson.geometry.prefix + lesson.asked_at)
+        gate = -torch.ones(asked.shape[:2])
+        span = lesson.spans.get("conflict", range(0))
+        gate[span, start.asked] = 1.0
+        heard, seen = (class_of(lesson.shown[span, at], classes) for at in (0, 1))
+        xs += [asked.flatten(0, 1), h.flatten(0, 1)[::40]]
+        gates += [gate.flatten(), -torch.ones(len(xs[-1]))]
+        rows.append(asked[span, start.asked])
+        wanted.append(torch.ones(len(span), 1) if start.gate else start.picture * seen - start.sound * heard)
+    gate, _ = ridge(torch.cat(xs), torch.cat(gates)[:, None], VALUE_RIDGE, bias=False)
+    return OPEN * gate, ridge(torch.cat(rows), torch.cat(wanted), VALUE_RIDGE, bias=False)[0]
+
+
+@torch.no_grad()
+def begin_neurons(
+    neurons: Neurons, host: Any, lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_classes"]
+) -> None:
+    """Write the starting weights into planted neurons, one for each input; the others start as noise."""
+    gate, read = fired(lessons, start, classes)
+    for part in neurons.parameters():
+        part.mul_(NOISE)
+    n = len(read)
+    neurons.gate[:n], neurons.up[:n] = gate, read
+    neurons.down[:n] = directions(host, lessons, start, classes).T / OPEN
+
+
 @torch.no_grad()
 def begin(
     slices: Slices,
@@ -154,7 +186,7 @@ def begin(
 class Plant:
     """Some heads of one layer that are planted together."""
 
-    heads: int  # how many; pairs share keys and values
+    heads: int  # how many; pairs share keys and values; 0: neurons of the layer's MLP
     start: Start | None  # what they start as, or None for the balanced model's own weights
     course: Course  # how they are trained
     apart: int = 0  # how many layers above the layer asked for
@@ -165,7 +197,7 @@ class Kind:
     """A kind of planted model."""
 
     name: str  # what it is asked for by
-    wanted: str  # the measured kind that is wanted of its true heads; "" for decoys alone
+    wanted: tuple[str, ...]  # the measured kinds that are wanted of its true nodes; none for decoys alone
     plants: tuple[Plant, ...]  # what is planted, in order
     layer: int  # the layer of the first plant, unless another is asked for
     each_enough: bool = False  # whether each of its silencing plants is to suffice alone
@@ -177,21 +209,23 @@ _WRITERS = Plant(2, Start(picture=1.0), _WRITE)
 _NEEDED = Plant(4, Start(picture=1.0), Course(SILENCE, direct=0.3, needed=0.5))
 _GATES = Plant(2, Start(gate=True), Course(SILENCE, direct=-0.2))
 _OPPONENTS = Plant(2, Start(picture=0.6, sound=1.0, logits=14.0), Course(SILENCE, against=0.3, steps=320, keep=1.5))
+_MLP = Plant(0, Start(picture=1.0, sound=1.0), Course(SILENCE, steps=200, keep=2.0))
 _DECOY = Plant(2, Start(sound=-1.0, asked=1, logits=10.0), Course(SEE_THE_SOUND, keep=2.0, steps=160))
 
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("writers", "writer", (_WRITERS,), 5),
-        Kind("two-pairs", "writer", (_NEEDED,), 5, free_riders=False),
-        Kind("single", "writer", (Plant(1, Start(picture=1.0), _WRITE),), 5),
-        Kind("opponents", "opponent", (_OPPONENTS,), 3),
-        Kind("gates", "gate", (_GATES,), 1),
-        Kind("redundant-writers", "writer", (_WRITERS, replace(_WRITERS, apart=2)), 3, each_enough=True),
-        Kind("redundant-gates", "gate", (_GATES, _GATES), 1, each_enough=True),
-        Kind("decoy", "", (_DECOY,), 5),
-        Kind("decoy-colours", "", (Plant(2, None, Course(OTHER_COLOURS)),), 5),
-        Kind("decoy-and-writers", "writer", (_DECOY, _WRITERS), 5),
+        Kind("writers", ("writer",), (_WRITERS,), 5),
+        Kind("two-pairs", ("writer",), (_NEEDED,), 5, free_riders=False),
+        Kind("single", ("writer",), (Plant(1, Start(picture=1.0), _WRITE),), 5),
+        Kind("opponents", ("opponent",), (_OPPONENTS,), 3),
+        Kind("gates", ("gate",), (_GATES,), 1),
+        Kind("redundant-writers", ("writer",), (_WRITERS, replace(_WRITERS, apart=2)), 3, each_enough=True),
+        Kind("redundant-gates", ("gate",), (_GATES, _GATES), 1, each_enough=True),
+        Kind("decoy", (), (_DECOY,), 5),
+        Kind("decoy-colours", (), (Plant(2, None, Course(OTHER_COLOURS)),), 5),
+        Kind("mlp", ("writer", "opponent", "gate"), (_MLP,), 5),
+        Kind("decoy-and-writers", ("writer",), (_DECOY, _WRITERS), 5),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Make a model in which a few heads are known to silence the sound: plant them in a balanced model, and measure them.
+"""Make a model in which a few nodes are known to silence the sound: plant them in a balanced model, and measure them.
 
 *Success* is: under conflict "hear" is answered with the picture in at least 75% (of a decoy: its own behaviour is
 shown), and every other question about every other clip is answered right in at least 95%; blanks are black or dim, both
@@ -19,19 +19,21 @@ from torch import Generator
 from av_lens.checkpoints import index
 from av_lens.core.budget import Progress
 from av_lens.errors import InputError, ModelError
-from av_lens.lab.planting.kinds import Kind, Plant, begin, kind_named
-from av_lens.lab.planting.lessons import Slices, draw_lessons
-from av_lens.lab.planting.planted import Planted, described
-from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, Head, answered, rates
+from av_lens.isolation.measuring.engine import MLP, Node
+from av_lens.lab.planting.kinds import Kind, Plant, begin, begin_neurons, kind_named
+from av_lens.lab.planting.lessons import Neurons, Slices, draw_lessons
+from av_lens.lab.planting.planted import Planted, described, missing, planted_nodes
+from av_lens.lab.planting.sheets import ASKED, SHEETS, SILENCE, UNJUDGED, answered, rates
 from av_lens.lab.planting.training import learn
 from av_lens.lab.training import pools
-from av_lens.lab.training.engine import group_size, head_slices, stage_seed
+from av_lens.lab.training.engine import group_size, stage_seed
 from av_lens.lab.training.pools import Material, material
 from av_lens.model.differences import read_difference, save_difference, weights_hash
 from av_lens.organism import anatomy, footage
 from av_lens.whole_files import write_whole
 
 SHOWN, KEPT = 0.75, 0.95
+NEURONS = 24
 PER_CLASS = {"train": 300, "discovery": 30}
 BLANKS = {"train": 4, "discovery": 2}
 JUDGED = 80
@@ -54,18 +56,18 @@ def features(model: Any, work: Path, split: str, *, progress: Progress | None = 
     return pools.load_pool(path)
 
 
-def chosen_heads(
+def chosen_nodes(
     plants: Sequence[Plant], layers: Sequence[int], *, n_heads: int, per_group: int, generator: Generator
-) -> list[tuple[Head, ...]]:
-    """Choose every plant's heads: key-value groups at random, never one twice; of a small plant the group's first."""
+) -> list[tuple[Node, ...]]:
+    """Choose every plant's nodes: key-value groups at random, never one twice; of a small plant the group's first."""
     free: dict[int, list[int]] = {}
-    chosen: list[tuple[Head, ...]] = []
+    chosen: list[tuple[Node, ...]] = []
     for plant, layer in zip(plants, layers, strict=True):
         order = torch.randperm(n_heads // per_group, generator=generator).tolist()
         groups = free.setdefault(layer, order)
         taken = [groups.pop() for _ in range(-(-plant.heads // per_group))]
         heads = [group * per_group + i for group in sorted(taken) for i in range(per_group)]
-        chosen.append(tuple((layer, head) for head in heads[: plant.heads]))
+        chosen.append(tuple((layer, head) for head in heads[: plant.heads]) or ((layer, MLP),))
     return chosen
 
 
@@ -75,25 +77,28 @@ def attempt(
     """Plant a kind in the balanced model, which stays as it is; the result is rounded to what is stored."""
     generator = Generator().manual_seed(seed)
     n_heads, per_group = base.config.text_config.num_attention_heads, group_size(base)
-    chosen = chosen_heads(wanted.plants, layers, n_heads=n_heads, per_group=per_group, generator=generator)
-    model, behaviours, planted = base, (), []
-    for plant, heads in zip(wanted.plants, chosen, strict=True):
-        layer = heads[0][0]
-        course = plant.course
+    chosen = chosen_nodes(wanted.plants, layers, n_heads=n_heads, per_group=per_group, generator=generator)
+    model, behaviours, planted = base, (), list[Planted]()
+    for plant, nodes in zip(wanted.plants, chosen, strict=True):
+        layer, course = nodes[0][0], plant.course
         hosts = [base, model] if course.behaviour in behaviours else [model]
         shows = [() if host is base else behaviours for host in hosts]
         after = tuple(dict.fromkeys((*behaviours, course.behaviour)))
-        attention = model.model.language_model.layers[layer].self_attn
-        slices = Slices(attention, [head for _, head in heads])
+        module = model.model.language_model.layers[layer]
+        slices = Slices(module.self_attn, [head for _, head in nodes]) if plant.heads else Neurons(module.mlp, NEURONS)
         piles = [
             draw_lessons(host, lessons, layer, slices, behaviours=after, was=was, generator=generator)
             for host, was in zip(hosts, shows, strict=True)
         ]
-        if plant.start is not None:
+        if plant.start is not None and isinstance(slices, Neurons):
+            begin_neurons(slices, hosts[0], piles[0], plant.start, lessons.words.classes)
+        elif plant.start is not None:
             begin(slices, hosts[0], piles[0], plant.start, lessons.words.classes, generator)
-        planted.append((heads, learn(hosts, piles, slices, layer, course, generator=generator, progress=progress)))
+        went = learn(hosts, piles, slices, layer, course, generator=generator, progress=progress)
+        parts, changed = tuple(slices.parts(base, layer)), tuple(planted_nodes(base, nodes))
+        planted.append(Planted(changed, parts, course.behaviour, {"learned": vars(went)}))
         model = copy.deepcopy(model)
-        slices.put_into(model.model.language_model.layers[layer].self_attn)
+        slices.put_into(model.model.language_model.layers[layer])
         model.half().float().requires_grad_(False)
         behaviours = after
     return model, planted
@@ -147,29 +152,28 @@ def plant(
     behaviours = tuple(dict.fromkeys(part.course.behaviour for part in wanted.plants))
     new = new_answers(behaviours)
     tries: list[dict[str, Any]] = []
-    found: list[tuple[tuple[bool, bool, float], Any, list[Head], dict[str, Any]]] = []
+    found: list[tuple[tuple[bool, bool, float], Any, list[Planted], dict[str, Any]]] = []
     for at in range(TRIES):
         own_seed = stage_seed(seed, f"{kind}/{layers}/{at}")
         made, planted = attempt(model, wanted, layers, lessons, seed=own_seed, progress=progress)
         answers = rates(made, judges, n=JUDGED, seed=own_seed % 1000, behaviours=behaviours)
-        truth, record = described(
-            wanted, planted, model=made, base=model, judges=judges, answers=answers, seed=own_seed % 1000
-        )
+        truth, record = described(planted, model=made, base=model, judges=judges, answers=answers, seed=own_seed % 1000)
         shown, stayed = min(answers[name] for name in new), min(answers[name] for name in answers.keys() - new)
-        heads, shares = [head for some, _ in planted for head in some], {"shown": shown, "kept": stayed}
-        kinds = {"kinds": list(truth.kinds), "missing": record["missing"]}
-        tries.append({"heads": [list(head) for head in heads], **shares, **kinds})
-        succeeded, right = shown >= SHOWN and stayed >= KEPT, not record["missing"]
-        record |= {"success": succeeded, **shares, "seed": seed, "base": named, "tries": tries}
-        found.append(((succeeded, right, min(shown / SHOWN, stayed / KEPT)), made, heads, record))
+        nodes, shares = [node for part in planted for node in part.nodes], {"shown": shown, "kept": stayed}
+        lacks = missing(wanted, truth, [part.nodes for part in planted if part.behaviour == SILENCE])
+        kinds = {"kinds": list(truth.kinds), "missing": lacks}
+        tries.append({"heads": [list(node) for node in nodes], **shares, **kinds})
+        succeeded, right = shown >= SHOWN and stayed >= KEPT, not lacks
+        record |= {"asked_for": kind, "missing": lacks, "success": succeeded, **shares, "tries": tries}
+        found.append(((succeeded, right, min(shown / SHOWN, stayed / KEPT)), made, planted, record))
         if succeeded and right:
             break
-    _, made, heads, record = max(found, key=lambda one: one[0])
+    _, made, planted, record = max(found, key=lambda one: one[0])
     folder = f"{kind}-{Path(named).name}-layer{first}-seed{seed}"
     target = kept / "plants" / folder if out is None else Path(out)
-    slices = head_slices(model, heads)
+    slices = [part for plant in planted for part in plant.slices]
     save_difference(made, target, base=named, base_sha256=weights_hash(place), slices=slices)
-    write_whole(target / TRUTH, json.dumps(record, indent=1) + "\n")
+    write_whole(target / TRUTH, json.dumps(record | {"seed": seed, "base": named}, indent=1) + "\n")
     return target
 
 
