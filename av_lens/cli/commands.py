@@ -326,30 +326,35 @@ def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRA
 
 
 def plant(
-    kind: Annotated[str, Argument(help="What to plant, such as writers, gates or decoy (see the docs).")],
+    kind: Annotated[str, Argument(help="What to plant, such as writers, mlp or mixture (see the docs).")],
     seed: Annotated[int, Option(help="Draws the heads, and every clip and question.")] = _PLANT["seed"],
     base: PlantBase = _PLANT["base"],
     layer: Annotated[int | None, Option(help="The layer; left out: where the kind was developed.")] = _PLANT["layer"],
+    gap: Annotated[float | None, Option(help="Of a mixture or crosstalk: the share of G to be lost.")] = _PLANT["gap"],
+    of: Annotated[list[str] | None, Option(help="A plant to be mixed in; give it once for each.")] = None,
     out: Annotated[Path | None, Option(help="The model's folder; left out: in the user's cache.")] = _PLANT["out"],
 ) -> None:
-    """Plant heads that silence the sound (or decoys) in a balanced model, and measure by brute force what they became.
+    """Plant nodes that silence the sound (or decoys) in a balanced model, and measure by brute force what they became.
 
     Exit code 1 if the best try is not what was asked for: planted.json in the folder says what it is.
     """
     from av_lens.lab.planting import planting
 
     with console.bars() as bars:
-        written = planting.plant(kind, seed=seed, base=base, layer=layer, out=out, progress=bars)
+        asked: dict[str, Any] = {"seed": seed, "base": base, "layer": layer, "gap": gap, "of": of or (), "out": out}
+        written = planting.plant(kind, **asked, progress=bars)
     truth = read_object(written / planting.TRUTH)
     figures = ("adds", "direct_share", "reads_picture", "reads_sound")
     headings = ["layer", "head", "kind", "adds", "direct share", "reads picture", "reads sound"]
-    rows = [(h["layer"], h["head"], h["kind"], *(f"{h[name]:.2f}" for name in figures)) for h in truth["heads"]]
+    nodes = [(h["layer"], "MLP" if h["head"] < 0 else h["head"], h) for h in truth["heads"]]
+    rows = [(layer, node, h["kind"], *(f"{h[name]:.2f}" for name in figures)) for layer, node, h in nodes]
     rows += [(str(decoy["layer"]), str(decoy["head"]), "decoy", *4 * ("",)) for decoy in truth["decoys"]]
     console.OUT.print(console.table(headings, rows, right=headings[3:]))
-    console.OUT.print(f"what is new: {truth['shown']:.3f}; the rest, at the least: {truth['kept']:.3f}", markup=False)
+    shares = f"gap/G: {1 - truth['C'] / truth['G']:.2f}; what is new: {truth['shown']:.3f}"
+    console.OUT.print(f"{shares}; the rest, at the least: {truth['kept']:.3f}", markup=False)
     console.say_path(written)
     if truth["missing"] or not truth["success"]:
-        said = "; ".join(truth["missing"]) or "it answers worse than it should: 0.75 of the new and 0.95 of the rest"
+        said = "; ".join(truth["missing"]) or "it answers worse than it should: see shown and kept in planted.json"
         console.ERR.print(f"not what was asked for: {said}", soft_wrap=True, markup=False)
         raise Exit(1)
 

@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from av_lens.checks import require_choice
 from av_lens.lab.planting.lessons import Lesson, Neurons, Slices
 from av_lens.lab.planting.sheets import OTHER_COLOURS, SEE_THE_SOUND, SILENCE, read_at
 from av_lens.lab.planting.training import STREAM, Course
@@ -32,6 +31,9 @@ SCORE = 8.0
 OPEN = 6.0  # what a neuron's gate starts at where it is to fire; elsewhere it is minus that
 GATE_SCALE = 1.5  # the gate's output in units of the mean difference between "see" and "hear"
 NOISE = 0.1
+CODE = 12.0  # the length of a class that is handed on, about that of a sound's feature
+WIDE = 4  # at so many positions up to the answer's the class is read where it was handed on
+AFTER_THE_QUESTION = 5  # positions from what is asked to where it is answered
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Start:
     logits: float = 18.0  # what all heads together add to the logit of a class that is fully read
     gate: bool = False  # whether it writes the difference between "see" and "hear" instead, where there is a picture
     asked: int = 0  # the question at which it is to act: 0 hear, 1 see, 2 colour
+    # where a pair hands the picture's class on to a later one: "sink" (the last sound position), "question" (the last
+    # token of what is asked), or nowhere
+    stop: str = ""
+    makes: bool = False  # whether it writes the picture's class there, in a code; otherwise it reads it there
 
 
 def ridge(
@@ -62,6 +68,14 @@ def class_of(tokens: Int[Tensor, " clip"], classes: Int[Tensor, " n_classes"]) -
     return hot - hot.sum(1, keepdim=True) / len(classes)
 
 
+def stops(lesson: Lesson, stop: str) -> Int[Tensor, " clip"]:
+    """Where a class is handed on, in each clip."""
+    if stop == "sink":
+        last = lesson.media["audio"] if len(lesson.media["audio"]) else lesson.media["video"]
+        return last[-1:].expand(len(lesson.h))
+    return lesson.geometry.prefix + lesson.asked_at[:, 0] - AFTER_THE_QUESTION
+
+
 def values(
     lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_classes"]
 ) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
@@ -77,6 +91,10 @@ def values(
         }
         strength = {"video": float(start.gate or start.picture != 0), "audio": float(start.sound != 0)}
         total = sum(len(lesson.media[name]) for name, on in strength.items() if on)
+        if start.stop and not start.makes:
+            xs.append(read_at(lesson.h, stops(lesson, start.stop)[:, None])[:, 0])
+            ys.append(start.picture * seen)
+            wanted = {}
         for name, target in wanted.items():
             if len(lesson.media[name]):
                 share = total / len(lesson.media[name]) if strength[name] else 0.0
@@ -96,10 +114,18 @@ def looks(lessons: Sequence[Lesson], start: Start) -> tuple[tuple[Tensor, Tensor
     for lesson in lessons:
         n, length = lesson.h.shape[:2]
         key, query = torch.zeros(n, length), -torch.ones(n, length)
-        for name in wanted:
-            key[:, lesson.media[name]] = 1
         at = lesson.geometry.prefix + lesson.asked_at
-        query.scatter_(1, at[:, [start.asked]], 1.0)
+        asks = at[:, [start.asked]]
+        if start.stop and not start.makes:
+            key.scatter_(1, stops(lesson, start.stop)[:, None], 1.0)
+            asks = torch.cat([asks - back for back in range(WIDE)], dim=1)
+        else:
+            for name in wanted:
+                key[:, lesson.media[name]] = 1
+        if start.makes:
+            asks = stops(lesson, start.stop)[:, None]
+        query.scatter_(1, asks, 1.0)
+        at = torch.cat([at, asks], dim=1)
         answers = (at + length * torch.arange(n)[:, None]).flatten()
         rows = first + torch.cat([answers, torch.arange(0, n * length, 40)])
         parts.append((lesson.h.flatten(0, 1), key.flatten()[:, None], query.flatten()[:, None], rows))
@@ -113,6 +139,9 @@ def directions(
     host: Any, lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_classes"]
 ) -> Float[Tensor, "d_model out"]:
     """What each value dimension writes, a column each."""
+    if start.makes:
+        noise = torch.randn(len(host.lm_head.weight.T), len(classes), generator=Generator().manual_seed(0))
+        return CODE * torch.linalg.qr(noise).Q
     if not start.gate:
         words = host.lm_head.weight[classes] * host.model.language_model.norm.weight
         words = words - words.mean(0)
@@ -157,14 +186,17 @@ def begin_neurons(
 
 @torch.no_grad()
 def begin(
-    slices: Slices,
+    slices: Slices | Neurons,
     host: Any,
     lessons: Sequence[Lesson],
     start: Start,
     classes: Int[Tensor, " n_classes"],
     generator: Generator,
 ) -> None:
-    """Write the starting weights into the planted heads' slices; by the noise heads of one layer differ."""
+    """Write the starting weights into the planted heads' slices, or neurons; by the noise heads of one layer differ."""
+    if isinstance(slices, Neurons):
+        begin_neurons(slices, host, lessons, start, classes)
+        return
     d, n_heads = slices.d_head, len(slices.heads)
     (query, query_bias), (key, key_bias) = looks(lessons, start)
     value, value_bias = values(lessons, start, classes)
@@ -191,6 +223,11 @@ class Plant:
     course: Course  # how they are trained
     apart: int = 0  # how many layers above the layer asked for
 
+    @property
+    def site(self) -> str:
+        """Where its nodes act: at the suffix, or at a sink."""
+        return "sinks" if self.start and self.start.makes and self.start.stop == "sink" else "suffix"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -201,7 +238,8 @@ class Kind:
     plants: tuple[Plant, ...]  # what is planted, in order
     layer: int  # the layer of the first plant, unless another is asked for
     each_enough: bool = False  # whether each of its silencing plants is to suffice alone
-    free_riders: bool = True  # whether a planted head that does nothing is allowed
+    free_riders: bool = True  # whether a planted node that does nothing is allowed
+    shown: float = 0.75  # the share of what is new that is to be shown
 
 
 _WRITE = Course(SILENCE, direct=0.2)
@@ -209,6 +247,8 @@ _WRITERS = Plant(2, Start(picture=1.0), _WRITE)
 _NEEDED = Plant(4, Start(picture=1.0), Course(SILENCE, direct=0.3, needed=0.5))
 _GATES = Plant(2, Start(gate=True), Course(SILENCE, direct=-0.2))
 _OPPONENTS = Plant(2, Start(picture=0.6, sound=1.0, logits=14.0), Course(SILENCE, against=0.3, steps=320, keep=1.5))
+_HANDED = Course(SILENCE, pinned=True, direct=0.2)
+_MADE = Course(SILENCE, steps=0)
 _MLP = Plant(0, Start(picture=1.0, sound=1.0), Course(SILENCE, steps=200, keep=2.0))
 _DECOY = Plant(2, Start(sound=-1.0, asked=1, logits=10.0), Course(SEE_THE_SOUND, keep=2.0, steps=160))
 
@@ -224,13 +264,25 @@ KINDS: Mapping[str, Kind] = {
         Kind("redundant-gates", ("gate",), (_GATES, _GATES), 1, each_enough=True),
         Kind("decoy", (), (_DECOY,), 5),
         Kind("decoy-colours", (), (Plant(2, None, Course(OTHER_COLOURS)),), 5),
+        Kind(
+            "sink",
+            ("writer", "gate"),
+            (
+                Plant(2, Start(picture=1.0, stop="sink", makes=True), _MADE),
+                Plant(2, Start(picture=1.0, stop="sink"), _HANDED, apart=3),
+            ),
+            2,
+        ),
+        Kind(
+            "relay",
+            ("writer", "gate"),
+            (
+                Plant(2, Start(picture=1.0, stop="question", makes=True), _MADE),
+                Plant(2, Start(picture=1.0, stop="question"), _HANDED, apart=3),
+            ),
+            2,
+        ),
         Kind("mlp", ("writer", "opponent", "gate"), (_MLP,), 5),
         Kind("decoy-and-writers", ("writer",), (_DECOY, _WRITERS), 5),
     )
 }
-
-
-def kind_named(name: str) -> Kind:
-    """Look up a kind."""
-    require_choice("kind of plant", name, KINDS)
-    return KINDS[name]

@@ -90,9 +90,7 @@ class Slices(torch.nn.Module):
         o = self.o.unflatten(1, (len(self.heads), self.d_head))
         return torch.einsum("bhpd,mhd->hbpm", pattern @ v, o)
 
-    def passed(
-        self, layer: Any, x: Float[Tensor, "clip pos d_model"], geometry: Tree
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def passed(self, layer: Any, x: Float[Tensor, "clip pos d_model"], geometry: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """What the heads read, the stream with all that the layer's heads write, and the stream after the layer."""
         joined = x + attend(layer, x, geometry)
         return normalise(x, layer.input_layernorm), joined, fed(layer, joined)
@@ -132,9 +130,7 @@ class Neurons(torch.nn.Module):
         """What the neurons write together, from the normalised stream."""
         return ((self.act(h @ self.gate.T) * (h @ self.up.T)) @ self.down)[None]
 
-    def passed(
-        self, layer: Any, x: Float[Tensor, "clip pos d_model"], geometry: Tree
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def passed(self, layer: Any, x: Float[Tensor, "clip pos d_model"], geometry: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """What the neurons read, and twice the stream after the layer, which holds all that they write."""
         joined = x + attend(layer, x, geometry)
         after = fed(layer, joined)
@@ -155,7 +151,13 @@ class Neurons(torch.nn.Module):
 
 @torch.no_grad()
 def make_lesson(
-    host: Any, sheets: Sequence[Sheet], layer: int, slices: Slices | Neurons, *, behaviours: Sequence[str], was: Sequence[str]
+    host: Any,
+    sheets: Sequence[Sheet],
+    layer: int,
+    slices: Slices | Neurons,
+    *,
+    behaviours: Sequence[str],
+    was: Sequence[str],
 ) -> Lesson:
     """Compute what stays the same while `slices` learn `behaviours` in a host that did `was`; conflicts come first."""
     planted, *after = layers_of(host)[layer:]

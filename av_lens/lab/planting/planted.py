@@ -119,6 +119,16 @@ def best_context(rises: Mapping[frozenset[Node], float], node: Node) -> tuple[fl
     return added[best], frozenset() if alone >= ALONE * added[best] else best
 
 
+def hearing(made: Bench, cells: tuple[str, str] = ("va", "av"), back: Collection[Node] = ()) -> float:
+    """C with some nodes put back; from the cells with a blank picture, G."""
+    return made.half(*(sheets.whole(made, cell, back).logits for cell in cells))
+
+
+def g_of(made: Bench) -> float:
+    """G: hearing with nothing to see."""
+    return hearing(made, ("blank_a", "blank_v"))
+
+
 @torch.no_grad()
 def measure(made: Bench, nodes: Sequence[Node] | None = None, *, early: Collection[Node] = ()) -> Truth:
     """Find out by brute force what the planted nodes (all of them by default) do; `early` ones act at the sinks."""
@@ -129,12 +139,9 @@ def measure(made: Bench, nodes: Sequence[Node] | None = None, *, early: Collecti
     def run(cell: str, back: frozenset[Node]) -> Run:
         return sheets.whole(made, cell, back)
 
-    def hearing(cell: str, mirror: str, back: frozenset[Node] = empty) -> float:
-        return made.half(*(sheets.whole(made, one, back).logits for one in (cell, mirror)))
-
-    c, g = hearing("va", "av"), hearing("blank_a", "blank_v")
+    c, g = hearing(made), g_of(made)
     sets = [frozenset(group) for size in range(1, len(chosen) + 1) for group in combinations(chosen, size)]
-    rises = {empty: 0.0, **{group: hearing("va", "av", group) - c for group in sets}}
+    rises = {empty: 0.0, **{group: hearing(made, back=group) - c for group in sets}}
     truths: list[NodeTruth] = []
     for node in chosen:
         adds, back = best_context(rises, node)
@@ -156,9 +163,13 @@ def measure(made: Bench, nodes: Sequence[Node] | None = None, *, early: Collecti
             "reads_picture": reads["wa"] / g,
             "reads_sound": reads["vw"] / g,
         }
-        where = {"context": tuple(sorted(back)), "site": "sinks" if node in early else "suffix"}
-        said = {"alone": rises[frozenset({node})] / (g - c), "true_up_to_s": adds / g, "kind": kind_of(**figures)}
-        truths.append(NodeTruth(*node, **figures, **said, **where))
+        alone, site = rises[frozenset({node})] / (g - c), "sinks" if node in early else "suffix"
+        truths.append(
+            NodeTruth(
+                *node, **figures, alone=alone, true_up_to_s=adds / g, kind=kind_of(**figures), site=site,
+                context=tuple(sorted(back)),
+            )
+        )  # fmt: skip
     restored = tuple((tuple(sorted(group)), rises[group] / (g - c)) for group in sets)
     return Truth(tuple(truths), g=g, c=c, c_reverted=c + rises[frozenset(chosen)], n=len(made.sound), sets=restored)
 
@@ -212,8 +223,7 @@ def described(
     truth = measure(made, guilty, early=early)
     decoys: list[dict[str, Any]] = []
     for layer, head in sorted({*others}):
-        reverted = (sheets.whole(made, cell, [(layer, head)]).logits for cell in ("va", "av"))
-        rise = (made.half(*reverted) - truth.c) / truth.g
+        rise = (hearing(made, back=[(layer, head)]) - truth.c) / truth.g
         decoys.append({"layer": layer, "head": head, "reversion_raises_C_by_share_of_G": rise})
     return truth, {
         **truth.as_dict(),

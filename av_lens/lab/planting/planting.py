@@ -17,10 +17,12 @@ import torch
 from torch import Generator
 
 from av_lens.checkpoints import index
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress
 from av_lens.errors import InputError, ModelError
 from av_lens.isolation.measuring.engine import MLP, Node
-from av_lens.lab.planting.kinds import Kind, Plant, begin, begin_neurons, kind_named
+from av_lens.lab.planting import composed
+from av_lens.lab.planting.kinds import KINDS, Kind, Plant, begin
 from av_lens.lab.planting.lessons import Neurons, Slices, draw_lessons
 from av_lens.lab.planting.planted import Planted, described, missing, planted_nodes
 from av_lens.lab.planting.sheets import ASKED, SHEETS, SILENCE, UNJUDGED, answered, rates
@@ -32,7 +34,9 @@ from av_lens.model.differences import read_difference, save_difference, weights_
 from av_lens.organism import anatomy, footage
 from av_lens.whole_files import write_whole
 
-SHOWN, KEPT = 0.75, 0.95
+KEPT = 0.95
+COMPOSED = (composed.MIXTURE, composed.CROSSTALK)
+ALL_KINDS = (*KINDS, *COMPOSED)
 NEURONS = 24
 PER_CLASS = {"train": 300, "discovery": 30}
 BLANKS = {"train": 4, "discovery": 2}
@@ -83,20 +87,18 @@ def attempt(
         layer, course = nodes[0][0], plant.course
         hosts = [base, model] if course.behaviour in behaviours else [model]
         shows = [() if host is base else behaviours for host in hosts]
-        after = tuple(dict.fromkeys((*behaviours, course.behaviour)))
+        after = tuple(dict.fromkeys((*behaviours, course.behaviour))) if course.steps else behaviours
         module = model.model.language_model.layers[layer]
         slices = Slices(module.self_attn, [head for _, head in nodes]) if plant.heads else Neurons(module.mlp, NEURONS)
         piles = [
             draw_lessons(host, lessons, layer, slices, behaviours=after, was=was, generator=generator)
             for host, was in zip(hosts, shows, strict=True)
         ]
-        if plant.start is not None and isinstance(slices, Neurons):
-            begin_neurons(slices, hosts[0], piles[0], plant.start, lessons.words.classes)
-        elif plant.start is not None:
+        if plant.start is not None:
             begin(slices, hosts[0], piles[0], plant.start, lessons.words.classes, generator)
         went = learn(hosts, piles, slices, layer, course, generator=generator, progress=progress)
         parts, changed = tuple(slices.parts(base, layer)), tuple(planted_nodes(base, nodes))
-        planted.append(Planted(changed, parts, course.behaviour, {"learned": vars(went)}))
+        planted.append(Planted(changed, parts, course.behaviour, {"learned": vars(went)}, plant.site))
         model = copy.deepcopy(model)
         slices.put_into(model.model.language_model.layers[layer])
         model.half().float().requires_grad_(False)
@@ -137,44 +139,99 @@ def plant(
     seed: int = 0,
     base: str | os.PathLike[str] = "av-tiny-balanced",
     layer: int | None = None,
+    gap: float | None = None,
+    of: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Make a model in which the truth is known: train a few heads alone, and measure what they became."""
-    wanted = kind_named(kind)
+    """Make a model in which the truth is known: train a few nodes alone (or compose), and measure what they became."""
+    require_choice("kind of plant", kind, ALL_KINDS)
+    _check_asked(kind, layer, gap, of)
     named, place = base_folder(base)
     model = anatomy.open_checkpoint(place).requires_grad_(False)
-    first = wanted.layer if layer is None else layer
-    layers = layers_of(wanted, first, int(model.config.text_config.num_hidden_layers))
     kept = Path.home() / ".cache" / "av_lens" / "organism" if work is None else Path(work)
-    lessons, judges = (material(features(model, kept, split, progress=progress)) for split in PER_CLASS)
+
+    def pool(split: str) -> Material:
+        return material(features(model, kept, split, progress=progress))
+
+    if kind in COMPOSED:
+        asked = composed.GAP if gap is None else gap
+        name = f"gap{asked:g}"
+        made, planted, record = _composed(kind, model, place, pool("discovery"), gap=asked, of=of, seed=seed)
+    else:
+        wanted = KINDS[kind]
+        first = wanted.layer if layer is None else layer
+        layers = layers_of(wanted, first, int(model.config.text_config.num_hidden_layers))
+        name = f"layer{first}"
+        made, planted, record = _learned(wanted, layers, model, *map(pool, PER_CLASS), seed=seed, progress=progress)
+    target = kept / "plants" / f"{kind}-{Path(named).name}-{name}-seed{seed}" if out is None else Path(out)
+    slices = [part for plant in planted for part in plant.slices]
+    save_difference(made, target, base=named, base_sha256=weights_hash(place), slices=slices)
+    record |= {"asked_for": kind, "seed": seed, "base": named}
+    write_whole(target / TRUTH, json.dumps(record, indent=1) + "\n")
+    return target
+
+
+def _check_asked(kind: str, layer: int | None, gap: float | None, of: Sequence[str]) -> None:
+    if kind in COMPOSED and layer is not None:
+        raise InputError(f"{kind} has no layer of its own: leave layer out.")
+    if kind not in COMPOSED and (gap is not None or of):
+        raise InputError(f"gap and of are for {' and '.join(COMPOSED)}; {kind} becomes what training makes of it.")
+    if kind == composed.CROSSTALK and of:
+        raise InputError("of names the plants of a mixture; crosstalk changes the projectors alone.")
+    low, high = composed.GAPS
+    if gap is not None and not low <= gap <= high:
+        raise InputError(f"gap is the share of G that is to be lost, from {low:g} to {high:g}; asked for {gap:g}.")
+
+
+def _composed(
+    kind: str, base: Any, place: Path, judges: Material, *, gap: float, of: Sequence[str], seed: int
+) -> tuple[Any, list[Planted], dict[str, Any]]:
+    """Compose a model at a gap, and measure it: the model, what was planted, most of `planted.json`."""
+    own_seed = stage_seed(seed, f"{kind}/{gap}") % 1000
+    made, judges, planted = composed.composed(kind, base, place, judges, gap=gap, of=of, seed=own_seed)
+    answers = rates(made, judges, n=JUDGED, seed=own_seed)
+    truth, record = described(planted, model=made, base=base, judges=judges, answers=answers, seed=own_seed)
+    share, shown = 1 - truth.c / truth.g, answers.pop("conflict hear")
+    lacks = [f"gap/G is {share:.2f}, asked for {gap:g}"] if abs(share - gap) > composed.CLOSE else []
+    kept = min(answers.values())
+    record |= {"missing": lacks, "shown": 1 - shown, "kept": kept, "tries": []}
+    return made, planted, record | {"success": kept >= KEPT}
+
+
+def _learned(
+    wanted: Kind,
+    layers: Sequence[int],
+    base: Any,
+    lessons: Material,
+    judges: Material,
+    *,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[Any, list[Planted], dict[str, Any]]:
+    """Plant until a try is what was asked for; the best one: the model, what was planted, most of `planted.json`."""
     behaviours = tuple(dict.fromkeys(part.course.behaviour for part in wanted.plants))
     new = new_answers(behaviours)
     tries: list[dict[str, Any]] = []
     found: list[tuple[tuple[bool, bool, float], Any, list[Planted], dict[str, Any]]] = []
     for at in range(TRIES):
-        own_seed = stage_seed(seed, f"{kind}/{layers}/{at}")
-        made, planted = attempt(model, wanted, layers, lessons, seed=own_seed, progress=progress)
+        own_seed = stage_seed(seed, f"{wanted.name}/{layers}/{at}")
+        made, planted = attempt(base, wanted, layers, lessons, seed=own_seed, progress=progress)
         answers = rates(made, judges, n=JUDGED, seed=own_seed % 1000, behaviours=behaviours)
-        truth, record = described(planted, model=made, base=model, judges=judges, answers=answers, seed=own_seed % 1000)
+        truth, record = described(planted, model=made, base=base, judges=judges, answers=answers, seed=own_seed % 1000)
         shown, stayed = min(answers[name] for name in new), min(answers[name] for name in answers.keys() - new)
         nodes, shares = [node for part in planted for node in part.nodes], {"shown": shown, "kept": stayed}
         lacks = missing(wanted, truth, [part.nodes for part in planted if part.behaviour == SILENCE])
         kinds = {"kinds": list(truth.kinds), "missing": lacks}
         tries.append({"heads": [list(node) for node in nodes], **shares, **kinds})
-        succeeded, right = shown >= SHOWN and stayed >= KEPT, not lacks
-        record |= {"asked_for": kind, "missing": lacks, "success": succeeded, **shares, "tries": tries}
-        found.append(((succeeded, right, min(shown / SHOWN, stayed / KEPT)), made, planted, record))
+        succeeded, right = shown >= wanted.shown and stayed >= KEPT, not lacks
+        record |= {"missing": lacks, "success": succeeded, **shares, "tries": tries}
+        found.append(((succeeded, right, min(shown / wanted.shown, stayed / KEPT)), made, planted, record))
         if succeeded and right:
             break
     _, made, planted, record = max(found, key=lambda one: one[0])
-    folder = f"{kind}-{Path(named).name}-layer{first}-seed{seed}"
-    target = kept / "plants" / folder if out is None else Path(out)
-    slices = [part for plant in planted for part in plant.slices]
-    save_difference(made, target, base=named, base_sha256=weights_hash(place), slices=slices)
-    write_whole(target / TRUTH, json.dumps(record | {"seed": seed, "base": named}, indent=1) + "\n")
-    return target
+    return made, planted, record
 
 
 def layers_of(wanted: Kind, first: int, n_layers: int) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ class Course:
     against: float = 0.0
     steps: int = 140  # at most so many steps
     keep: float = 1.0  # weight of everything that is to stay as it was
+    pinned: bool = False  # whether queries and keys stay what they start as
 
 
 def at_answers(x: Float[Tensor, "clip asked d_model"], at: Int[Tensor, "clip question"]) -> Tensor:
@@ -165,7 +166,10 @@ def learn(
 ) -> Learned:
     """Let the planted heads learn in hosts, which stay as they are, until held-back clips show `enough` of all."""
     tell = progress or silent
-    optimizer = torch.optim.Adam(slices.parameters(), lr=RATE, betas=(0.9, 0.98))
+    for name, part in slices.named_parameters():
+        part.requires_grad_(not (course.pinned and name[0] in "qk"))
+    learning = [part for part in slices.parameters() if part.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=RATE, betas=(0.9, 0.98))
     result = Learned(0, 0.0, 0.0)
     for step in range(course.steps):
         set_rate(optimizer, warmed(RATE, step, course.steps, warmup=10, floor=0.1))
@@ -174,7 +178,7 @@ def learn(
         for host, pile in zip(hosts, piles, strict=True):
             for lesson, rows, n_conflict in drawn(pile, generator):
                 batch_loss(host, lesson, rows, n_conflict, slices, layer, course, off).backward()
-        torch.nn.utils.clip_grad_norm_(slices.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == course.steps:
             checks = [held_back(host, pile, slices, layer) for host, pile in zip(hosts, piles, strict=True)]
