@@ -3,8 +3,8 @@
 A *mixture* takes the planted weights of several models of one base. What each part writes (W_O of its heads, the output
 of its neurons) is multiplied by a share of its own, drawn by seed, and by one factor.
 
-*Cross-talk* is a null with a gap. The sound's features shrink towards their mean, and the picture's features say their
-class in the sound's features too, times a factor. Both are linear, so they go into the last layers of the towers'
+*Cross-talk* is a null with a gap. The picture's features say their class in the sound's features too, as loudly as the
+seed draws, and the sound's shrink towards their mean, the more the larger the factor. Both are linear, so they go into the last layers of the towers'
 projectors, and no node changes. (Features scaled as they are leave C/G alone: every layer norms what it reads. Sounds
 shrunk alone until gap/G is .3 are heard in a third of the clips.)
 
@@ -32,11 +32,13 @@ from av_lens.whole_files import read_object
 
 MIXTURE, CROSSTALK = "mixture", "crosstalk"
 PARTS = ("av-tiny-planted-gates", "av-tiny-planted-opponents", "av-tiny-planted-writers")
-GAPS, GAP = (0.1, 0.9), 0.5
+GAPS = (0.1, 0.9)
+GAP = {MIXTURE: 0.5, CROSSTALK: 0.35}
 CLOSE = 0.05  # how far gap/G may be from what was asked for
 HALVINGS = 9
-LEAST_SHARE, FAINTEST, LEAST_FAINT = 0.3, 0.2, 0.3
-MOST = {MIXTURE: 1.5, CROSSTALK: 40.0}  # the largest factors that are tried
+LEAST_SHARE = 0.5  # shares are drawn from here to 1
+LOUD, FAINTEST = 10.0, 0.1  # of cross-talk: about how loud the picture speaks, and what is left of the sound at most
+MOST = {MIXTURE: 1.5, CROSSTALK: 1.0}  # the largest factors that are tried
 PROJECTORS = ("model.audio_tower.proj", "model.visual.merger.mlp.2")
 
 
@@ -48,12 +50,12 @@ def composed(
     parts = [_part(name, base, place) for name in of or PARTS] if kind == MIXTURE else []
     _check_apart(parts)
     shares = [LEAST_SHARE + (1 - LEAST_SHARE) * lot for lot in lots]
-    faint, code = FAINTEST + (LEAST_FAINT - FAINTEST) * lots[0], _sound_of_the_picture(judges)
+    loud, code = LOUD * shares[0], _sound_of_the_picture(judges)
 
     def made(factor: float) -> tuple[Any, Material]:
         if kind == MIXTURE:
             return _mixed(base, parts, [factor * share for share in shares]), judges
-        return _crossed(base, judges, faint, factor, code)
+        return _crossed(base, judges, 1 - (1 - FAINTEST) * factor, loud, code)
 
     factor = _halved(lambda tried: _gap_share(*made(tried), base, seed + 1), gap, MOST[kind], kind)
     if kind == MIXTURE:
@@ -63,7 +65,7 @@ def composed(
         ]
     else:
         slices = [Slice(f"{name}.{part}", 0, 0, 128) for name in PROJECTORS for part in ("weight", "bias")]
-        planted = [Planted((), tuple(slices), kind, {"sound": faint, "picture": factor})]
+        planted = [Planted((), tuple(slices), kind, {"sound": 1 - (1 - FAINTEST) * factor, "picture": loud})]
     return *made(factor), planted
 
 
@@ -88,7 +90,7 @@ def _halved(share: Callable[[float], float], gap: float, most: float, kind: str)
 
 
 def _part(name: str, base: Any, place: Path) -> Planted:
-    """Read a model that is to be mixed in: its nodes and slices, with its folder and its weights in `made`."""
+    """Read a model that is to be mixed in: its nodes and slices, with its name and its weights in `made`."""
     folder = model_folder(name)
     difference, truth = read_difference(folder), folder / TRUTH
     if difference is None or not truth.is_file():
@@ -101,7 +103,7 @@ def _part(name: str, base: Any, place: Path) -> Planted:
     model = copy.deepcopy(base)
     difference.put_into(model)
     held = dict(model.named_parameters())
-    return Planted(nodes, difference.slices, SILENCE, {"of": str(folder), "weights": held})
+    return Planted(nodes, difference.slices, SILENCE, {"of": name, "weights": held})
 
 
 def _check_apart(parts: Sequence[Planted]) -> None:

@@ -45,20 +45,27 @@ class Start:
     logits: float = 18.0  # what all heads together add to the logit of a class that is fully read
     gate: bool = False  # whether it writes the difference between "see" and "hear" instead, where there is a picture
     asked: int = 0  # the question at which it is to act: 0 hear, 1 see, 2 colour
-    # where a pair hands the picture's class on to a later one: "sink" (the last sound position), "question" (the last
+    # where a pair hands the picture's class on to a later one: "sink" (the first sound position), "question" (the last
     # token of what is asked), or nowhere
     stop: str = ""
     makes: bool = False  # whether it writes the picture's class there, in a code; otherwise it reads it there
 
 
 def ridge(
-    x: Float[Tensor, "row d_model"], y: Float[Tensor, "row out"], strength: float, *, bias: bool = True
+    x: Float[Tensor, "row d_model"],
+    y: Float[Tensor, "row out"],
+    strength: float,
+    *,
+    bias: bool = True,
+    even: bool = False,
 ) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
-    """Fit a linear layer, weight and bias (or none); `strength` is how much large weights cost."""
-    mean_x, mean_y = bias * x.mean(0), bias * y.mean(0)
+    """Fit a linear layer, weight and bias (or none); large weights cost `strength`; `even` weighs up rows above 0."""
+    on = (y[:, :1] > 0).float()
+    counts = on * ((1 - on).sum() / on.sum()) + 1 - on if even else torch.ones_like(on)
+    mean_x, mean_y = (bias * (counts * part).sum(0) / counts.sum() for part in (x, y))
     x, y = x - mean_x, y - mean_y
-    gram = x.T @ x + strength * torch.eye(x.shape[1])
-    weight = torch.linalg.solve(gram, x.T @ y).T
+    gram = (counts * x).T @ x + strength * torch.eye(x.shape[1])
+    weight = torch.linalg.solve(gram, (counts * x).T @ y).T
     return weight, mean_y - weight @ mean_x
 
 
@@ -71,8 +78,8 @@ def class_of(tokens: Int[Tensor, " clip"], classes: Int[Tensor, " n_classes"]) -
 def stops(lesson: Lesson, stop: str) -> Int[Tensor, " clip"]:
     """Where a class is handed on, in each clip."""
     if stop == "sink":
-        last = lesson.media["audio"] if len(lesson.media["audio"]) else lesson.media["video"]
-        return last[-1:].expand(len(lesson.h))
+        first = lesson.media["audio"] if len(lesson.media["audio"]) else lesson.media["video"]
+        return first[:1].expand(len(lesson.h))
     return lesson.geometry.prefix + lesson.asked_at[:, 0] - AFTER_THE_QUESTION
 
 
@@ -117,7 +124,7 @@ def looks(lessons: Sequence[Lesson], start: Start) -> tuple[tuple[Tensor, Tensor
         at = lesson.geometry.prefix + lesson.asked_at
         asks = at[:, [start.asked]]
         if start.stop and not start.makes:
-            key.scatter_(1, stops(lesson, start.stop)[:, None], 1.0)
+            key = (key - 1).scatter(1, stops(lesson, start.stop)[:, None], 1.0)
             asks = torch.cat([asks - back for back in range(WIDE)], dim=1)
         else:
             for name in wanted:
@@ -131,7 +138,10 @@ def looks(lessons: Sequence[Lesson], start: Start) -> tuple[tuple[Tensor, Tensor
         parts.append((lesson.h.flatten(0, 1), key.flatten()[:, None], query.flatten()[:, None], rows))
         first += n * length
     x, key, query, rows = (torch.cat(some) for some in zip(*parts, strict=True))
-    return ridge(x[rows], query[rows], VALUE_RIDGE), ridge(x, key, RIDGE)
+    if start.makes:
+        return ridge(x, query, VALUE_RIDGE, even=True), ridge(x, key, RIDGE)
+    keys = ridge(x, key, VALUE_RIDGE, even=True) if start.stop else ridge(x, key, RIDGE)
+    return ridge(x[rows], query[rows], VALUE_RIDGE), keys
 
 
 @torch.no_grad()
@@ -239,7 +249,7 @@ class Kind:
     layer: int  # the layer of the first plant, unless another is asked for
     each_enough: bool = False  # whether each of its silencing plants is to suffice alone
     free_riders: bool = True  # whether a planted node that does nothing is allowed
-    shown: float = 0.75  # the share of what is new that is to be shown
+    shown: float = 0.75  # the share of what is new that is to be shown; all that silences also takes its share of G
 
 
 _WRITE = Course(SILENCE, direct=0.2)
@@ -247,9 +257,9 @@ _WRITERS = Plant(2, Start(picture=1.0), _WRITE)
 _NEEDED = Plant(4, Start(picture=1.0), Course(SILENCE, direct=0.3, needed=0.5))
 _GATES = Plant(2, Start(gate=True), Course(SILENCE, direct=-0.2))
 _OPPONENTS = Plant(2, Start(picture=0.6, sound=1.0, logits=14.0), Course(SILENCE, against=0.3, steps=320, keep=1.5))
-_HANDED = Course(SILENCE, pinned=True, direct=0.2)
+_HANDED = Course(SILENCE, pinned=True, direct=0.2, keep=3.0)
 _MADE = Course(SILENCE, steps=0)
-_MLP = Plant(0, Start(picture=1.0, sound=1.0), Course(SILENCE, steps=200, keep=2.0))
+_MLP = Plant(0, Start(sound=1.0, logits=12.0), Course(SILENCE, keep=3.0))
 _DECOY = Plant(2, Start(sound=-1.0, asked=1, logits=10.0), Course(SEE_THE_SOUND, keep=2.0, steps=160))
 
 KINDS: Mapping[str, Kind] = {
@@ -269,20 +279,24 @@ KINDS: Mapping[str, Kind] = {
             ("writer", "gate"),
             (
                 Plant(2, Start(picture=1.0, stop="sink", makes=True), _MADE),
-                Plant(2, Start(picture=1.0, stop="sink"), _HANDED, apart=3),
+                Plant(2, Start(picture=1.0, stop="sink"), _HANDED, apart=4),
             ),
-            2,
+            1,
+            free_riders=False,
+            shown=0.0,
         ),
         Kind(
             "relay",
             ("writer", "gate"),
             (
                 Plant(2, Start(picture=1.0, stop="question", makes=True), _MADE),
-                Plant(2, Start(picture=1.0, stop="question"), _HANDED, apart=3),
+                Plant(2, Start(picture=1.0, stop="question"), _HANDED, apart=4),
             ),
-            2,
+            1,
+            free_riders=False,
+            shown=0.0,
         ),
-        Kind("mlp", ("writer", "opponent", "gate"), (_MLP,), 5),
+        Kind("mlp", ("writer", "opponent", "gate"), (_MLP,), 5, shown=0.0),
         Kind("decoy-and-writers", ("writer",), (_DECOY, _WRITERS), 5),
     )
 }

@@ -27,6 +27,7 @@ ALONE = 0.5  # kinds are measured alone where the node alone adds at least this 
 FREE_RIDER = "free rider"
 ENOUGH_ALONE = 0.25
 """Of two redundant plants, putting one back alone may restore at most this share of what both restore."""
+LEAST_GAP = 0.3  # a plant that silences takes at least this share of G
 CONFLICTS = 96
 MOST_NODES = 8  # of more nodes the sets are not all tried
 
@@ -193,6 +194,8 @@ def missing(wanted: Kind, truth: Truth, silencing: Sequence[Sequence[Node]]) -> 
         return ["no planted node is true"]
     if kinds[0] not in wanted.wanted or 2 * sum(kind in wanted.wanted for kind in kinds) < len(kinds):
         found.append(f"the true nodes are {', '.join(kinds)}, not mostly {' or '.join(wanted.wanted)}")
+    if (lost := 1 - truth.c / truth.g) < LEAST_GAP:
+        found.append(f"gap/G is {lost:.2f}: nothing much is lost")
     if not wanted.free_riders and any(node.kind == FREE_RIDER for node in truth.nodes):
         found.append("a planted node rides for free")
     if wanted.each_enough:

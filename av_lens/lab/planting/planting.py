@@ -156,7 +156,7 @@ def plant(
         return material(features(model, kept, split, progress=progress))
 
     if kind in COMPOSED:
-        asked = composed.GAP if gap is None else gap
+        asked = composed.GAP[kind] if gap is None else gap
         name = f"gap{asked:g}"
         made, planted, record = _composed(kind, model, place, pool("discovery"), gap=asked, of=of, seed=seed)
     else:
@@ -227,7 +227,7 @@ def _learned(
         tries.append({"heads": [list(node) for node in nodes], **shares, **kinds})
         succeeded, right = shown >= wanted.shown and stayed >= KEPT, not lacks
         record |= {"missing": lacks, "success": succeeded, **shares, "tries": tries}
-        found.append(((succeeded, right, min(shown / wanted.shown, stayed / KEPT)), made, planted, record))
+        found.append(((succeeded, right, min(shown - wanted.shown, stayed - KEPT)), made, planted, record))
         if succeeded and right:
             break
     _, made, planted, record = max(found, key=lambda one: one[0])
