@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from fake_model import FedModel, fake_conflicts, isolated
-from mlp_plant import LAYER, plant_mlp
 
 import av_lens as avl
 from av_lens.inputs import conflicts as read_conflicts
+from av_lens.isolation.measuring.engine import MLP
 from av_lens.lab.calibration import stage
+from av_lens.lab.planting import planting
+from av_lens.lab.planting.planted import LEAST_GAP
 from av_lens.results.record import RELEASING, Isolation
+from av_lens.whole_files import read_object
 
-N = 44
+N, LAYER = 44, 6
 FEEDERS = {(0, 2), (0, 3)}
 
 
@@ -82,16 +84,20 @@ def test_the_first_edition_has_heads_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_planted_mlp_is_named_and_no_head_is(seed, tmp_path):
-    staged = list(read_conflicts(stage(tmp_path / "staged", conflicts=132, seed=seed, split="test")))
-    model = avl.load("av-tiny-balanced")
-    plant_mlp(model, staged[120:], strength=8.0)
-    found = avl.isolate(model, staged[:120], quick=True, named_only=True)
+def test_a_planted_mlp_is_named_and_no_head_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(planting, "PER_CLASS", {"train": 60, "discovery": 20})
+    made = planting.plant("mlp", layer=LAYER, seed=1, out=tmp_path / "mlp", work=tmp_path / "work")
+    truth = read_object(made / planting.TRUTH)
+    (node,) = truth["heads"]
+    assert (node["layer"], node["head"]) == (LAYER, MLP)
+    assert truth["C_reverted"] > 0.9 * truth["G"]  # put back alone, it gives the whole gap back
+    assert 1 - truth["C"] / truth["G"] >= LEAST_GAP
+    assert truth["changed_elsewhere"] == 0
+    staged = list(read_conflicts(stage(tmp_path / "staged", conflicts=120, seed=1, split="test")))
+    found = avl.isolate(avl.load(made), staged, quick=True, named_only=True)
     print("", found.verdict, found.nodes[["layer", "head", "role", "status", "effect"]].to_string(), sep="\n")
     planted = found.mlps[found.mlps["layer"] == LAYER]
     assert planted["role"].isin(RELEASING).all()
     assert len(planted)  # an early MLP that tells it what is seen may stand beside it, as a gate
     assert f"MLP {LAYER}" in found.verdict
     assert not len(found.heads[found.heads["role"].isin(RELEASING)])
-    assert np.nanmax(found.grid("release", "zero", column="share")) > 0.1  # by release alone heads were guilty

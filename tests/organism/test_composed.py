@@ -1,4 +1,4 @@
-"""Mixtures and cross-talk: weights scaled as said, projectors that give the features said, refusals, and the gap asked."""
+"""Mixtures and cross-talk: weights scaled as said, projectors that give the features said, the gap asked for."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_mixed_is_refused(base: Any, place: Path, parts: list[Pla
         composed._check_apart(again)
     many = [*parts, composed._part("av-tiny-planted-two-pairs", base, place)]
     apart = [many[0], many[2], many[3], dataclasses.replace(many[0], nodes=((2, -1),))]
-    with pytest.raises(InputError, match="have 9 nodes; all subsets are tried for at most 8. Mix fewer"):
+    with pytest.raises(InputError, match="have 9 nodes; all subsets are tried for at most 8"):
         composed._check_apart(apart)
     other = anatomy.build_model(seed=3)
     anatomy.save_checkpoint(other, tmp_path / "other")
@@ -131,9 +131,7 @@ def test_what_a_kind_does_not_take_is_refused_before_work(kind: str, options: di
 
 
 @pytest.mark.slow
-def test_a_mixture_and_crosstalk_have_the_gap_that_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_composed_models_have_the_gap_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planting, "PER_CLASS", {"train": 40, "discovery": 20})
     made = planting.plant("mixture", gap=0.5, out=tmp_path / "mixture", work=tmp_path / "work")
     found = json.loads((made / planting.TRUTH).read_text())
@@ -142,9 +140,9 @@ def test_a_mixture_and_crosstalk_have_the_gap_that_is_asked_for(
     assert sum(not entry["free_rider"] for entry in found["heads"]) >= 2
     assert found["changed_elsewhere"] == 0
     assert found["missing"] == []
-    made = planting.plant("crosstalk", gap=0.4, out=tmp_path / "null", work=tmp_path / "work")
+    made = planting.plant("crosstalk", out=tmp_path / "null", work=tmp_path / "work")
     found = json.loads((made / planting.TRUTH).read_text())
-    assert 1 - found["C"] / found["G"] == pytest.approx(0.4, abs=0.05)
+    assert 1 - found["C"] / found["G"] == pytest.approx(composed.GAP["crosstalk"], abs=0.05)
     assert found["heads"] == found["sets"] == found["decoys"] == []
     assert found["C_reverted"] == found["C"]
     assert found["changed_elsewhere"] == 0

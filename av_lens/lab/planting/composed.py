@@ -4,9 +4,9 @@ A *mixture* takes the planted weights of several models of one base. What each p
 of its neurons) is multiplied by a share of its own, drawn by seed, and by one factor.
 
 *Cross-talk* is a null with a gap. The picture's features say their class in the sound's features too, as loudly as the
-seed draws, and the sound's shrink towards their mean, the more the larger the factor. Both are linear, so they go into the last layers of the towers'
-projectors, and no node changes. (Features scaled as they are leave C/G alone: every layer norms what it reads. Sounds
-shrunk alone until gap/G is .3 are heard in a third of the clips.)
+seed draws, and the sound's shrink towards their mean, the more the larger the factor. Both are linear, so they go into
+the last layers of the towers' projectors, and no node changes. (Features scaled as they are leave C/G alone: every
+layer norms what it reads. Sounds that alone are shrunk until a gap opens are hardly heard.)
 
 The factor is found by bisection, on other conflicts than those that the truth is measured on.
 """
@@ -25,7 +25,7 @@ from av_lens.isolation.measuring.engine import Node
 from av_lens.lab.calibration import TRUTH, model_folder
 from av_lens.lab.planting.kinds import VALUE_RIDGE, class_of, ridge
 from av_lens.lab.planting.planted import MOST_NODES, Planted, bench_of, g_of, hearing
-from av_lens.lab.planting.sheets import SILENCE
+from av_lens.lab.planting.sheets import PLAIN, SILENCE, blanks_of
 from av_lens.lab.training.pools import Material
 from av_lens.model.differences import Slice, read_difference
 from av_lens.whole_files import read_object
@@ -33,11 +33,13 @@ from av_lens.whole_files import read_object
 MIXTURE, CROSSTALK = "mixture", "crosstalk"
 PARTS = ("av-tiny-planted-gates", "av-tiny-planted-opponents", "av-tiny-planted-writers")
 GAPS = (0.1, 0.9)
-GAP = {MIXTURE: 0.5, CROSSTALK: 0.35}
+GAP = {MIXTURE: 0.5, CROSSTALK: 0.33}
 CLOSE = 0.05  # how far gap/G may be from what was asked for
 HALVINGS = 9
+LOST = {MIXTURE: ("conflict hear",), CROSSTALK: ("conflict hear", "mute hear", "video alone hear")}
+"""What each may answer otherwise than its base; with cross-talk a picture is heard where there is no sound."""
 LEAST_SHARE = 0.5  # shares are drawn from here to 1
-LOUD, FAINTEST = 10.0, 0.1  # of cross-talk: about how loud the picture speaks, and what is left of the sound at most
+LOUD, FAINTEST = 24.0, 0.1  # of cross-talk: about how loud the picture speaks, and what is left of the sound at most
 MOST = {MIXTURE: 1.5, CROSSTALK: 1.0}  # the largest factors that are tried
 PROJECTORS = ("model.audio_tower.proj", "model.visual.merger.mlp.2")
 
@@ -97,13 +99,14 @@ def _part(name: str, base: Any, place: Path) -> Planted:
         raise InputError(f"{name!r} is no planted model ({TRUTH} or its difference is missing); see `av-lens plant`.")
     difference.check_base(place)
     content = read_object(truth)
-    nodes = tuple((int(entry["layer"]), int(entry["head"])) for entry in content["heads"])
-    if content["decoys"] or not nodes:
+    sites = {(int(one["layer"]), int(one["head"])): one.get("site", "") for one in content["heads"]}
+    if content["decoys"] or not sites:
         raise InputError(f"{name!r} holds decoys, or nothing that silences: a mixture is of guilty nodes alone.")
     model = copy.deepcopy(base)
     difference.put_into(model)
     held = dict(model.named_parameters())
-    return Planted(nodes, difference.slices, SILENCE, {"of": name, "weights": held})
+    early = frozenset(node for node, site in sites.items() if site == "sinks")
+    return Planted(tuple(sites), difference.slices, SILENCE, {"of": name, "weights": held}, early)
 
 
 def _check_apart(parts: Sequence[Planted]) -> None:
@@ -137,8 +140,9 @@ def _sound_of_the_picture(judges: Material) -> tuple[Tensor, Tensor]:
     pool, classes = judges.pool, torch.arange(int(judges.pool.label.max()) + 1)
     hot = class_of(pool.label, classes)
     sounds = torch.stack([pool.audio[pool.label == label].mean((0, 1)) for label in classes])
-    x = torch.cat([pool.video, pool.blank_video]).mean(1)
-    wanted = torch.cat([hot, torch.zeros(len(pool.blank_video), len(classes))])
+    blank = blanks_of(pool, PLAIN).blank_video
+    x = torch.cat([pool.video, blank]).mean(1)
+    wanted = torch.cat([hot, torch.zeros(len(blank), len(classes))])
     weight, bias = ridge(x, wanted, VALUE_RIDGE)
     code = (sounds - sounds.mean(0)).T
     return code @ weight, code @ bias

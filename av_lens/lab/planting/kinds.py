@@ -32,7 +32,7 @@ OPEN = 6.0  # what a neuron's gate starts at where it is to fire; elsewhere it i
 GATE_SCALE = 1.5  # the gate's output in units of the mean difference between "see" and "hear"
 NOISE = 0.1
 CODE = 12.0  # the length of a class that is handed on, about that of a sound's feature
-WIDE = 4  # at so many positions up to the answer's the class is read where it was handed on
+WIDE = 7  # at so many positions up to the answer's the class is read where it was handed on
 AFTER_THE_QUESTION = 5  # positions from what is asked to where it is answered
 
 
@@ -234,9 +234,9 @@ class Plant:
     apart: int = 0  # how many layers above the layer asked for
 
     @property
-    def site(self) -> str:
-        """Where its nodes act: at the suffix, or at a sink."""
-        return "sinks" if self.start and self.start.makes and self.start.stop == "sink" else "suffix"
+    def at_a_sink(self) -> bool:
+        """Whether its nodes act while the media are read."""
+        return self.start is not None and self.start.makes and self.start.stop == "sink"
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ _WRITERS = Plant(2, Start(picture=1.0), _WRITE)
 _NEEDED = Plant(4, Start(picture=1.0), Course(SILENCE, direct=0.3, needed=0.5))
 _GATES = Plant(2, Start(gate=True), Course(SILENCE, direct=-0.2))
 _OPPONENTS = Plant(2, Start(picture=0.6, sound=1.0, logits=14.0), Course(SILENCE, against=0.3, steps=320, keep=1.5))
-_HANDED = Course(SILENCE, pinned=True, direct=0.2, keep=3.0)
+_HANDED = Course(SILENCE, pinned=True, direct=0.2, keep=5.0)
 _MADE = Course(SILENCE, steps=0)
 _MLP = Plant(0, Start(sound=1.0, logits=12.0), Course(SILENCE, keep=3.0))
 _DECOY = Plant(2, Start(sound=-1.0, asked=1, logits=10.0), Course(SEE_THE_SOUND, keep=2.0, steps=160))
@@ -279,7 +279,7 @@ KINDS: Mapping[str, Kind] = {
             ("writer", "gate"),
             (
                 Plant(2, Start(picture=1.0, stop="sink", makes=True), _MADE),
-                Plant(2, Start(picture=1.0, stop="sink"), _HANDED, apart=4),
+                Plant(2, Start(picture=1.0, stop="sink", logits=30.0), _HANDED, apart=4),
             ),
             1,
             free_riders=False,

@@ -40,7 +40,7 @@ class Planted:
     slices: tuple[Slice, ...]  # these weights
     behaviour: str  # what they are to bring about
     made: Mapping[str, Any] = field(default_factory=dict[str, Any])  # how it was made, for the record
-    site: str = "suffix"  # where its nodes act: "sinks", where they act while the media are read
+    early: frozenset[Node] = frozenset()  # those of its nodes that act while the media are read, at a sink
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def described(
     """Measure a model, rounded to what is stored, on features that it did not learn from: most of `planted.json`."""
     guilty = [node for plant in plants if plant.behaviour == SILENCE for node in plant.nodes]
     others = [node for plant in plants for node in plant.nodes if node not in guilty]
-    early = {node for plant in plants if plant.site == "sinks" for node in plant.nodes}
+    early = frozenset[Node]().union(*(plant.early for plant in plants))
     made = bench_of(model, base, [*guilty, *others], judges, seed=seed)
     truth = measure(made, guilty, early=early)
     decoys: list[dict[str, Any]] = []

@@ -98,7 +98,8 @@ def attempt(
             begin(slices, hosts[0], piles[0], plant.start, lessons.words.classes, generator)
         went = learn(hosts, piles, slices, layer, course, generator=generator, progress=progress)
         parts, changed = tuple(slices.parts(base, layer)), tuple(planted_nodes(base, nodes))
-        planted.append(Planted(changed, parts, course.behaviour, {"learned": vars(went)}, plant.site))
+        early = frozenset(changed) if plant.at_a_sink else frozenset[Node]()
+        planted.append(Planted(changed, parts, course.behaviour, {"learned": vars(went)}, early))
         model = copy.deepcopy(model)
         slices.put_into(model.model.language_model.layers[layer])
         model.half().float().requires_grad_(False)
@@ -193,9 +194,9 @@ def _composed(
     made, judges, planted = composed.composed(kind, base, place, judges, gap=gap, of=of, seed=own_seed)
     answers = rates(made, judges, n=JUDGED, seed=own_seed)
     truth, record = described(planted, model=made, base=base, judges=judges, answers=answers, seed=own_seed)
-    share, shown = 1 - truth.c / truth.g, answers.pop("conflict hear")
+    share, shown = 1 - truth.c / truth.g, answers["conflict hear"]
     lacks = [f"gap/G is {share:.2f}, asked for {gap:g}"] if abs(share - gap) > composed.CLOSE else []
-    kept = min(answers.values())
+    kept = min(share for name, share in answers.items() if name not in composed.LOST[kind])
     record |= {"missing": lacks, "shown": 1 - shown, "kept": kept, "tries": []}
     return made, planted, record | {"success": kept >= KEPT}
 
