@@ -213,6 +213,9 @@ def test_an_unknown_kind_and_a_layer_that_is_not_there_are_refused() -> None:
     assert planting.layers_of(kind, 6, 7) == (6, 4)
     with pytest.raises(InputError, match="layer must be one of 0 to 6; asked for 7"):
         planting.layers_of(kind, 7, 7)
+    assert planting.layers_of(planting_kinds.KINDS["relay"], 2, 7) == (2, 6)
+    with pytest.raises(InputError, match="layer must be one of 0 to 2; asked for 3"):
+        planting.layers_of(planting_kinds.KINDS["sink"], 3, 7)
 
 
 def test_no_head_is_planted_twice() -> None:

@@ -8,7 +8,10 @@ streams before the planted layer finds them at once:
 - *values* tell the picture's class at video positions (`picture`), and minus the sound's at audio positions
   (`sound`); the outputs are the unembedding directions of the classes;
 - or (`gate`) they tell that there is a picture at all, and the output is the mean difference, one layer on, between the
-  streams that answer "see" and "hear".
+  streams that answer "see" and "hear";
+- or a pair *makes* a code of the picture's class at one position (`stop`), and a later pair reads it there, whose queries
+  and keys stay what they start as;
+- *neurons* have one gate, open where a conflict is asked about, and read and write a class each, as heads do.
 
 In the balanced model the question is understood within its first two layers, so that gates form there alone.
 """
@@ -176,7 +179,7 @@ def fired(lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_clas
         xs += [asked.flatten(0, 1), h.flatten(0, 1)[::40]]
         gates += [gate.flatten(), -torch.ones(len(xs[-1]))]
         rows.append(asked[span, start.asked])
-        wanted.append(torch.ones(len(span), 1) if start.gate else start.picture * seen - start.sound * heard)
+        wanted.append(start.picture * seen - start.sound * heard)
     gate, _ = ridge(torch.cat(xs), torch.cat(gates)[:, None], VALUE_RIDGE, bias=False)
     return OPEN * gate, ridge(torch.cat(rows), torch.cat(wanted), VALUE_RIDGE, bias=False)[0]
 
@@ -258,9 +261,17 @@ _NEEDED = Plant(4, Start(picture=1.0), Course(SILENCE, direct=0.3, needed=0.5))
 _GATES = Plant(2, Start(gate=True), Course(SILENCE, direct=-0.2))
 _OPPONENTS = Plant(2, Start(picture=0.6, sound=1.0, logits=14.0), Course(SILENCE, against=0.3, steps=320, keep=1.5))
 _HANDED = Course(SILENCE, pinned=True, direct=0.2, keep=5.0)
-_MADE = Course(SILENCE, steps=0)
 _MLP = Plant(0, Start(sound=1.0, logits=12.0), Course(SILENCE, keep=3.0))
 _DECOY = Plant(2, Start(sound=-1.0, asked=1, logits=10.0), Course(SEE_THE_SOUND, keep=2.0, steps=160))
+
+
+def _handing(stop: str, logits: float = 18.0) -> Kind:
+    """A pair writes the picture's class, in a code, where it is handed on; a later pair reads it there."""
+    makes, reads = Start(picture=1.0, stop=stop, makes=True), Start(picture=1.0, stop=stop, logits=logits)
+    plants = (Plant(2, makes, Course(SILENCE, steps=0)), Plant(2, reads, _HANDED, apart=4))
+    name = {"question": "relay"}.get(stop, stop)
+    return Kind(name, ("writer", "gate"), plants, 1, free_riders=False, shown=0.0)
+
 
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
@@ -274,28 +285,8 @@ KINDS: Mapping[str, Kind] = {
         Kind("redundant-gates", ("gate",), (_GATES, _GATES), 1, each_enough=True),
         Kind("decoy", (), (_DECOY,), 5),
         Kind("decoy-colours", (), (Plant(2, None, Course(OTHER_COLOURS)),), 5),
-        Kind(
-            "sink",
-            ("writer", "gate"),
-            (
-                Plant(2, Start(picture=1.0, stop="sink", makes=True), _MADE),
-                Plant(2, Start(picture=1.0, stop="sink", logits=30.0), _HANDED, apart=4),
-            ),
-            1,
-            free_riders=False,
-            shown=0.0,
-        ),
-        Kind(
-            "relay",
-            ("writer", "gate"),
-            (
-                Plant(2, Start(picture=1.0, stop="question", makes=True), _MADE),
-                Plant(2, Start(picture=1.0, stop="question"), _HANDED, apart=4),
-            ),
-            1,
-            free_riders=False,
-            shown=0.0,
-        ),
+        _handing("sink", logits=30.0),
+        _handing("question"),
         Kind("mlp", ("writer", "opponent", "gate"), (_MLP,), 5, shown=0.0),
         Kind("decoy-and-writers", ("writer",), (_DECOY, _WRITERS), 5),
     )

@@ -236,8 +236,12 @@ def _learned(
 
 
 def layers_of(wanted: Kind, first: int, n_layers: int) -> tuple[int, ...]:
-    """Say in which layer each plant goes: one that would lie above the last layer lies as far below the first."""
-    if not 0 <= first < n_layers:
-        raise InputError(f"layer must be one of 0 to {n_layers - 1}; asked for {first}.")
+    """Say in which layer each plant goes: one that would lie above the last layer lies as far below the first.
+
+    One that reads what an earlier one hands on must lie above it.
+    """
+    handed = max(part.apart if part.start and part.start.stop else 0 for part in wanted.plants)
+    if not 0 <= first < n_layers - handed:
+        raise InputError(f"layer must be one of 0 to {n_layers - 1 - handed}; asked for {first}.")
     above = [first + part.apart for part in wanted.plants]
     return tuple(at if at < n_layers else 2 * first - at for at in above)
