@@ -9,7 +9,7 @@ streams before the planted layer finds them at once:
   (`sound`); the outputs are the unembedding directions of the classes;
 - or (`gate`) they tell that there is a picture at all, and the output is the mean difference, one layer on, between the
   streams that answer "see" and "hear";
-- or a pair *makes* a code of the picture's class at one position (`stop`), and a later pair reads it there, whose queries
+- or a pair *makes* a code of the picture's class at one position (`stop`), and a later pair reads it there; its queries
   and keys stay what they start as;
 - *neurons* have one gate, open where a conflict is asked about, and read and write a class each, as heads do.
 
