@@ -100,7 +100,7 @@ def _part(name: str, base: Any, place: Path) -> Planted:
     difference.check_base(place)
     content = read_object(truth)
     sites = {(int(one["layer"]), int(one["head"])): one.get("site", "") for one in content["heads"]}
-    if content["decoys"] or not sites:
+    if content.get("decoys") or not sites:
         raise InputError(f"{name!r} holds decoys, or nothing that silences: a mixture is of guilty nodes alone.")
     model = copy.deepcopy(base)
     difference.put_into(model)

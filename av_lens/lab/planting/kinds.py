@@ -153,7 +153,7 @@ def directions(
 ) -> Float[Tensor, "d_model out"]:
     """What each value dimension writes, a column each."""
     if start.makes:
-        noise = torch.randn(len(host.lm_head.weight.T), len(classes), generator=Generator().manual_seed(0))
+        noise = torch.randn(len(host.lm_head.weight.T), len(classes) + 1, generator=Generator().manual_seed(0))
         return CODE * torch.linalg.qr(noise).Q
     if not start.gate:
         words = host.lm_head.weight[classes] * host.model.language_model.norm.weight
@@ -214,6 +214,8 @@ def begin(
     (query, query_bias), (key, key_bias) = looks(lessons, start)
     value, value_bias = values(lessons, start, classes)
     out = directions(host, lessons, start, classes)
+    if start.makes:  # one more value says that something was handed on: what the later pair's keys find
+        value, value_bias = torch.cat([value, key]), torch.cat([value_bias, key_bias])
     slow, read = d // 2 - 1, len(value)
     scale = (SCORE / slices.scaling) ** 0.5
     for part in slices.parameters():
@@ -285,7 +287,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("redundant-gates", ("gate",), (_GATES, _GATES), 1, each_enough=True),
         Kind("decoy", (), (_DECOY,), 5),
         Kind("decoy-colours", (), (Plant(2, None, Course(OTHER_COLOURS)),), 5),
-        _handing("sink", logits=30.0),
+        _handing("sink", logits=24.0),
         _handing("question"),
         Kind("mlp", ("writer", "opponent", "gate"), (_MLP,), 5, shown=0.0),
         Kind("decoy-and-writers", ("writer",), (_DECOY, _WRITERS), 5),
