@@ -37,6 +37,7 @@ _SITES = Option(help="Where heads are edited: suffix, generation, audio, video, 
 Limit = Annotated[int | None, Option(help="Use only the first so many conflicts of the manifest.")]
 Budget = Annotated[float | None, Option(help="Stop after so many minutes; the same command goes on from there.")]
 Quick = Annotated[bool, Option("--quick", help="Leave out robustness, and pairs where half of the gap is explained.")]
+Captions = Annotated[bool, Option("--captions", help="Also write captions with the heads edited.")]
 Share = Annotated[float | None, Option(help="Name heads above this share of G; left out: the protocol's.")]
 Media = Annotated[Path, Argument(help="Any video, sound or image.")]
 Question = Annotated[str, Option(help="What the model is asked.")]
@@ -70,8 +71,7 @@ def demo(
     console.quiet_loading()
     with console.bars() as bars:
         shown = run_demo(out, conflicts=conflicts, seed=seed, quick=quick, progress=bars)
-    console.OUT.print()
-    console.OUT.print(f"[bold]calibration[/bold]  {console.cell(shown.calibration.sentence)}", soft_wrap=True)
+    console.OUT.print(f"\n[bold]calibration[/bold]  {console.cell(shown.calibration.sentence)}", soft_wrap=True)
     _say_found(shown.found)
     console.say_path(shown.report)
     if not shown.calibration.passed:
@@ -87,9 +87,7 @@ def isolate(
     budget: Budget = _ISOLATE["budget"],
     quick: Quick = _ISOLATE["quick"],
     sites: Annotated[str, _SITES] = ",".join(_ISOLATE["sites"]),
-    captions: Annotated[bool, Option("--captions", help="Also write captions with the heads edited.")] = _ISOLATE[
-        "captions"
-    ],
+    captions: Captions = _ISOLATE["captions"],
     gate: Annotated[str, _GATE] = _ISOLATE["gate"],
     layout: Annotated[str, Option(help="in_video (sound woven into the video) or separate.")] = _ISOLATE["layout"],
     s: Share = _ISOLATE["s"],
@@ -341,20 +339,17 @@ def plant(
     from av_lens.lab.planting import planting
 
     with console.bars() as bars:
-        asked: dict[str, Any] = {"seed": seed, "base": base, "layer": layer, "gap": gap, "of": of or (), "out": out}
-        written = planting.plant(kind, **asked, progress=bars)
+        written = planting.plant(kind, seed=seed, base=base, layer=layer, gap=gap, of=of or (), out=out, progress=bars)
     truth = read_object(written / planting.TRUTH)
-    figures = ("adds", "direct_share", "reads_picture", "reads_sound")
-    headings = ["layer", "head", "kind", "adds", "direct share", "reads picture", "reads sound"]
-    nodes = [(h["layer"], "MLP" if h["head"] < 0 else h["head"], h) for h in truth["heads"]]
-    rows = [(layer, node, h["kind"], *(f"{h[name]:.2f}" for name in figures)) for layer, node, h in nodes]
+    headings = ["layer", "head (MLP: -1)", "kind", "adds", "direct_share", "reads_picture", "reads_sound"]
+    rows = [(h["layer"], h["head"], h["kind"], *(f"{h[name]:.2f}" for name in headings[3:])) for h in truth["heads"]]
     rows += [(str(decoy["layer"]), str(decoy["head"]), "decoy", *4 * ("",)) for decoy in truth["decoys"]]
     console.OUT.print(console.table(headings, rows, right=headings[3:]))
-    shares = f"gap/G: {1 - truth['C'] / truth['G']:.2f}; what is new: {truth['shown']:.3f}"
-    console.OUT.print(f"{shares}; the rest, at the least: {truth['kept']:.3f}", markup=False)
+    lost, shown, kept = 1 - truth["C"] / truth["G"], truth["shown"], truth["kept"]
+    console.OUT.print(f"gap/G: {lost:.3f}; what is new: {shown:.3f}; the rest, at the least: {kept:.3f}", markup=False)
     console.say_path(written)
     if truth["missing"] or not truth["success"]:
-        said = "; ".join(truth["missing"]) or "it answers worse than it should: see shown and kept in planted.json"
+        said = "; ".join(truth["missing"]) or "it answers worse than it should (see shown and kept in planted.json)"
         console.ERR.print(f"not what was asked for: {said}", soft_wrap=True, markup=False)
         raise Exit(1)
 
