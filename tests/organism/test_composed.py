@@ -14,7 +14,7 @@ from imagined import imagined_pool
 from av_lens.errors import InputError, ModelError
 from av_lens.lab.planting import composed, planting
 from av_lens.lab.planting.composed import PARTS, PROJECTORS
-from av_lens.lab.planting.planted import Planted, changed_elsewhere
+from av_lens.lab.planting.planted import LEAST_GAP, Planted, changed_elsewhere
 from av_lens.lab.training.pools import Material, material
 from av_lens.organism import anatomy
 
@@ -142,7 +142,7 @@ def test_composed_models_have_the_gap_that_is_asked_for(tmp_path: Path, monkeypa
     assert found["missing"] == []
     made = planting.plant("crosstalk", out=tmp_path / "null", work=tmp_path / "work")
     found = json.loads((made / planting.TRUTH).read_text())
-    assert 1 - found["C"] / found["G"] == pytest.approx(composed.GAP["crosstalk"], abs=0.05)
+    assert 1 - found["C"] / found["G"] >= LEAST_GAP
     assert found["heads"] == found["sets"] == found["decoys"] == []
     assert found["C_reverted"] == found["C"]
     assert found["changed_elsewhere"] == 0
