@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from imagined import imagined_pool
 
 from av_lens.isolation.measuring.engine import MLP
-from av_lens.lab.planting import planted, sheets
+from av_lens.lab.planting import planted, planting, sheets
 from av_lens.lab.planting.kinds import KINDS, Start, begin
 from av_lens.lab.planting.lessons import Neurons, Slices, draw_lessons
 from av_lens.lab.planting.planted import NodeTruth, Truth, changed_elsewhere, measure, missing, planted_nodes
@@ -169,3 +171,22 @@ def test_a_plant_with_a_small_gap_is_not_what_was_asked_for() -> None:
         "gap/G is 0.25: nothing much is lost"
     ]
     assert planted.LEAST_GAP == 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "site"), [("sink", "sinks"), ("relay", "suffix")])
+def test_both_pairs_are_needed_where_a_class_is_handed_on(
+    kind: str, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planting, "PER_CLASS", {"train": 60, "discovery": 20})
+    monkeypatch.setattr(planting, "TRIES", 1)
+    made = planting.plant(kind, seed=1, out=tmp_path / kind, work=tmp_path / "work")
+    found = json.loads((made / planting.TRUTH).read_text())
+    assert 1 - found["C"] / found["G"] >= planted.LEAST_GAP
+    told = {(node["layer"], node["kind"], node["site"]) for node in found["heads"]}
+    assert told == {(1, "gate", site), (5, "writer", "suffix")}
+    assert all(node["true_up_to_s"] >= 0.1 for node in found["heads"])
+    restored = {tuple(at for at, _ in one["reverted"]): one["restores"] for one in found["sets"]}
+    assert restored[1, 1] > 0.5  # without what is handed on, most of the gap is gone
+    assert restored[5, 5] > 0.5
+    assert found["changed_elsewhere"] == 0
