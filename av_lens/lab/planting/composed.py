@@ -33,13 +33,13 @@ from av_lens.whole_files import read_object
 MIXTURE, CROSSTALK = "mixture", "crosstalk"
 PARTS = ("av-tiny-planted-gates", "av-tiny-planted-opponents", "av-tiny-planted-writers")
 GAPS = (0.1, 0.9)
-GAP = {MIXTURE: 0.5, CROSSTALK: 0.4}
+GAP = {MIXTURE: 0.5, CROSSTALK: 0.35}
 CLOSE = 0.05  # how far a mixture's gap/G may be from what was asked for; of a null it is to be large enough
 HALVINGS = 9
 LOST = {MIXTURE: ("conflict hear",), CROSSTALK: ("conflict hear", "mute hear", "video alone hear")}
 """What each may answer otherwise than its base; with cross-talk a picture is heard where there is no sound."""
 LEAST_SHARE = 0.5  # shares are drawn from here to 1
-LOUD, FAINTEST = 4.0, 0.1  # of cross-talk: how loud the picture speaks at most, and what is left of the sound at most
+LOUD, FAINTEST = 12.0, 0.1  # of cross-talk: how loud the picture speaks at most, and what is left of the sound at most
 MOST = {MIXTURE: 1.5, CROSSTALK: 1.0}  # the largest factors that are tried
 PROJECTORS = ("model.audio_tower.proj", "model.visual.merger.mlp.2")
 
