@@ -37,6 +37,7 @@ _SITES = Option(help="Where heads are edited: suffix, generation, audio, video, 
 Limit = Annotated[int | None, Option(help="Use only the first so many conflicts of the manifest.")]
 Budget = Annotated[float | None, Option(help="Stop after so many minutes; the same command goes on from there.")]
 Quick = Annotated[bool, Option("--quick", help="Leave out robustness, and pairs where half of the gap is explained.")]
+Captions = Annotated[bool, Option("--captions", help="Also write captions with the heads edited.")]
 Share = Annotated[float | None, Option(help="Name heads above this share of G; left out: the protocol's.")]
 Media = Annotated[Path, Argument(help="Any video, sound or image.")]
 Question = Annotated[str, Option(help="What the model is asked.")]
@@ -71,8 +72,7 @@ def demo(
     console.quiet_loading()
     with console.bars() as bars:
         shown = run_demo(out, conflicts=conflicts, seed=seed, quick=quick, progress=bars, told=console.say)
-    console.OUT.print()
-    console.OUT.print(f"[bold]calibration[/bold]  {console.cell(shown.calibration.sentence)}", soft_wrap=True)
+    console.OUT.print(f"\n[bold]calibration[/bold]  {console.cell(shown.calibration.sentence)}", soft_wrap=True)
     _say_found(shown.found)
     console.say_path(shown.report)
     if not shown.calibration.passed:
@@ -88,9 +88,7 @@ def isolate(
     budget: Budget = _ISOLATE["budget"],
     quick: Quick = _ISOLATE["quick"],
     sites: Annotated[str, _SITES] = ",".join(_ISOLATE["sites"]),
-    captions: Annotated[bool, Option("--captions", help="Also write captions with the heads edited.")] = _ISOLATE[
-        "captions"
-    ],
+    captions: Captions = _ISOLATE["captions"],
     gate: Annotated[str, _GATE] = _ISOLATE["gate"],
     layout: Annotated[str, Option(help="in_video (sound woven into the video) or separate.")] = _ISOLATE["layout"],
     s: Share = _ISOLATE["s"],
@@ -327,30 +325,32 @@ def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRA
 
 
 def plant(
-    kind: Annotated[str, Argument(help="What to plant, such as writers, gates or decoy (see the docs).")],
+    kind: Annotated[str, Argument(help="What to plant, such as writers, mlp or mixture (see the docs).")],
     seed: Annotated[int, Option(help="Draws the heads, and every clip and question.")] = _PLANT["seed"],
     base: PlantBase = _PLANT["base"],
     layer: Annotated[int | None, Option(help="The layer; left out: where the kind was developed.")] = _PLANT["layer"],
+    gap: Annotated[float | None, Option(help="Of a mixture or crosstalk: the share of G to be lost.")] = _PLANT["gap"],
+    of: Annotated[list[str] | None, Option(help="A plant to be mixed in; give it once for each.")] = None,
     out: Annotated[Path | None, Option(help="The model's folder; left out: in the user's cache.")] = _PLANT["out"],
 ) -> None:
-    """Plant heads that silence the sound (or decoys) in a balanced model, and measure by brute force what they became.
+    """Plant nodes that silence the sound (or decoys) in a balanced model, and measure by brute force what they became.
 
     Exit code 1 if the best try is not what was asked for: planted.json in the folder says what it is.
     """
     from av_lens.lab.planting import planting
 
     with console.bars() as bars:
-        written = planting.plant(kind, seed=seed, base=base, layer=layer, out=out, progress=bars)
+        written = planting.plant(kind, seed=seed, base=base, layer=layer, gap=gap, of=of or (), out=out, progress=bars)
     truth = read_object(written / planting.TRUTH)
-    figures = ("adds", "direct_share", "reads_picture", "reads_sound")
-    headings = ["layer", "head", "kind", "adds", "direct share", "reads picture", "reads sound"]
-    rows = [(h["layer"], h["head"], h["kind"], *(f"{h[name]:.2f}" for name in figures)) for h in truth["heads"]]
+    headings = ["layer", "head (MLP: -1)", "kind", "adds", "direct_share", "reads_picture", "reads_sound"]
+    rows = [(h["layer"], h["head"], h["kind"], *(f"{h[name]:.2f}" for name in headings[3:])) for h in truth["heads"]]
     rows += [(str(decoy["layer"]), str(decoy["head"]), "decoy", *4 * ("",)) for decoy in truth["decoys"]]
     console.OUT.print(console.table(headings, rows, right=headings[3:]))
-    console.OUT.print(f"what is new: {truth['shown']:.3f}; the rest, at the least: {truth['kept']:.3f}", markup=False)
+    lost, shown, kept = 1 - truth["C"] / truth["G"], truth["shown"], truth["kept"]
+    console.OUT.print(f"gap/G: {lost:.3f}; what is new: {shown:.3f}; the rest, at the least: {kept:.3f}", markup=False)
     console.say_path(written)
     if truth["missing"] or not truth["success"]:
-        said = "; ".join(truth["missing"]) or "it answers worse than it should: 0.75 of the new and 0.95 of the rest"
+        said = "; ".join(truth["missing"]) or "it answers worse than it should (see shown and kept in planted.json)"
         console.ERR.print(f"not what was asked for: {said}", soft_wrap=True, markup=False)
         raise Exit(1)
 

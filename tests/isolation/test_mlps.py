@@ -9,8 +9,12 @@ from mlp_plant import LAYER, plant_mlp
 
 import av_lens as avl
 from av_lens.inputs import conflicts as read_conflicts
+from av_lens.isolation.measuring.engine import MLP
 from av_lens.lab.calibration import stage
+from av_lens.lab.planting import planting
+from av_lens.lab.planting.planted import LEAST_GAP
 from av_lens.results.record import RELEASING, Isolation
+from av_lens.whole_files import read_object
 
 N = 44
 FEEDERS = {(0, 2), (0, 3)}
@@ -96,3 +100,24 @@ def test_a_planted_mlp_is_named_and_no_head_is(seed, tmp_path):
     guilty = found.heads[found.heads["role"].isin(RELEASING)]
     assert (guilty["status"] == "not replicated").all()  # two heads of seed 2 are undetermined on discovery alone
     assert np.nanmax(found.grid("release", "zero", column="share")) > 0.1  # by release alone heads were guilty
+
+
+@pytest.mark.slow
+def test_an_mlp_that_was_planted_and_trained_is_named_and_no_head_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(planting, "PER_CLASS", {"train": 60, "discovery": 20})
+    made = planting.plant("mlp", layer=LAYER, seed=1, out=tmp_path / "mlp", work=tmp_path / "work")
+    truth = read_object(made / planting.TRUTH)
+    (node,) = truth["heads"]
+    assert (node["layer"], node["head"]) == (LAYER, MLP)
+    assert truth["C_reverted"] > 0.9 * truth["G"]  # put back alone, it gives the whole gap back
+    assert 1 - truth["C"] / truth["G"] >= LEAST_GAP
+    assert truth["changed_elsewhere"] == 0
+    staged = list(read_conflicts(stage(tmp_path / "staged", conflicts=120, seed=1, split="test")))
+    found = avl.isolate(avl.load(made), staged, quick=True, named_only=True)
+    print("", found.verdict, found.nodes[["layer", "head", "role", "status", "effect"]].to_string(), sep="\n")
+    planted = found.mlps[found.mlps["layer"] == LAYER]
+    assert planted["role"].isin(RELEASING).all()
+    assert len(planted)  # an early MLP that tells it what is seen may stand beside it, as a gate
+    assert f"MLP {LAYER}" in found.verdict
+    guilty = found.heads[found.heads["role"].isin(RELEASING)]
+    assert (guilty["status"] == "not replicated").all()

@@ -110,8 +110,8 @@ def test_in_the_last_layer_all_of_an_effect_is_direct() -> None:
         weight[:, 16:32] += 0.5 * torch.randn(128, 16, generator=torch.Generator().manual_seed(1))
     bench = made(model, base, [(2, 1)])
     truth = planted.measure(bench)
-    assert truth.heads[0].direct_share == pytest.approx(1.0, abs=1e-4)
-    assert truth.heads[0].adds == pytest.approx(truth.heads[0].alone)
+    assert truth.nodes[0].direct_share == pytest.approx(1.0, abs=1e-4)
+    assert truth.nodes[0].adds == pytest.approx(truth.nodes[0].alone)
     c = bench.half(plain(bench, base, "va"), plain(bench, base, "av"))
     assert truth.c_reverted == pytest.approx(c, abs=1e-4)
     assert truth.restored([(2, 1)]) == pytest.approx((c - truth.c) / (truth.g - truth.c), abs=1e-4)
@@ -136,7 +136,7 @@ def test_heads_of_two_layers_are_put_back_together(models: tuple[Any, Any]) -> N
 def test_a_head_that_changes_nothing_is_a_free_rider(models: tuple[Any, Any]) -> None:
     base, model = models
     truth = planted.measure(made(model, base, [(1, 2), (1, 7)]))
-    assert truth.heads[1].kind == "free rider"
+    assert truth.nodes[1].kind == "free rider"
     assert truth.as_dict()["heads"][1]["free_rider"]
     assert truth.as_dict()["layers"] == [1]
     assert truth.as_dict()["conflicts"] == 6
@@ -145,7 +145,7 @@ def test_a_head_that_changes_nothing_is_a_free_rider(models: tuple[Any, Any]) ->
 A, B, C, D = (4, 0), (4, 1), (6, 2), (6, 3)
 
 
-def rises(*enough: set[planted.Head]) -> dict[frozenset[planted.Head], float]:
+def rises(*enough: set[planted.Node]) -> dict[frozenset[planted.Head], float]:
     """What putting heads back restores where the sound is silenced as long as any of some groups is whole."""
     heads = (A, B, C, D)
     sets = [frozenset(head for i, head in enumerate(heads) if bits >> i & 1) for bits in range(16)]

@@ -23,7 +23,7 @@ from av_lens.lab.planting import (
 )
 from av_lens.lab.planting import sheets as planting_sheets
 from av_lens.lab.planting.lessons import Slices, draw_lessons
-from av_lens.lab.planting.planted import HeadTruth, Truth, changed_elsewhere
+from av_lens.lab.planting.planted import NodeTruth, Truth, changed_elsewhere
 from av_lens.lab.planting.training import CHECK_EVERY, Course, at_answers, batch_loss, finish, held_back, learn
 from av_lens.lab.training.engine import head_slices, sharers
 from av_lens.lab.training.pools import Material, material
@@ -97,9 +97,9 @@ def test_planting_changes_the_named_slices_and_no_other_bit(
     before = {name: value.clone() for name, value in base.state_dict().items()}
     learn([base], [pile[1]], slices, 1, dataclasses.replace(course, steps=2), generator=generator)
     model = copy.deepcopy(base)
-    slices.put_into(model.model.language_model.layers[1].self_attn)
-    assert changed_elsewhere(model, base, HEADS) == 0
-    assert changed_elsewhere(model, base, HEADS[:1]) > 0
+    slices.put_into(model.model.language_model.layers[1])
+    assert changed_elsewhere(model, base, head_slices(base, HEADS)) == 0
+    assert changed_elsewhere(model, base, head_slices(base, HEADS[:1])) > 0
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     for name, value in base.state_dict().items():
@@ -178,7 +178,7 @@ def test_targets_by_hand(lessons: Material) -> None:
 
 def truth(*restores: tuple[tuple[tuple[int, int], ...], float], kinds: tuple[str, ...]) -> Truth:
     heads = tuple(
-        HeadTruth(4, i, adds=0.9 - 0.1 * i, alone=0.0, direct_share=1.0, reads_picture=0.5, reads_sound=0.1, kind=kind)
+        NodeTruth(4, i, adds=0.9 - 0.1 * i, alone=0.0, direct_share=1.0, reads_picture=0.5, reads_sound=0.1, kind=kind)
         for i, kind in enumerate(kinds)
     )
     return Truth(heads, g=10.0, c=-5.0, c_reverted=10.0, n=4, sets=tuple(restores))
@@ -187,7 +187,7 @@ def truth(*restores: tuple[tuple[tuple[int, int], ...], float], kinds: tuple[str
 def test_what_a_try_is_not() -> None:
     first, second = ((4, 0),), ((4, 1),)
     both = (*first, *second)
-    wanted = planting_kinds.kind_named("redundant-writers")
+    wanted = planting_kinds.KINDS["redundant-writers"]
     good = truth((first, 0.02), (second, 0.2), (both, 1.0), kinds=("writer", "writer"))
     assert planting_record.missing(wanted, good, [first, second]) == []
     weak = truth((first, 0.02), (second, 0.6), (both, 1.0), kinds=("writer", "gate"))
@@ -195,30 +195,33 @@ def test_what_a_try_is_not() -> None:
         "putting back plant 2 alone restores 0.60 of the gap: the other is not enough"
     ]
     other = truth((both, 1.0), (first, 0.5), (second, 0.5), kinds=("opponent", "free rider"))
-    needed = planting_kinds.kind_named("two-pairs")
+    needed = planting_kinds.KINDS["two-pairs"]
     assert planting_record.missing(needed, other, [both]) == [
-        "the true heads are opponent, not mostly writer",
-        "a planted head rides for free",
+        "the true nodes are opponent, not mostly writer",
+        "a planted node rides for free",
     ]
     nothing = truth((both, 0.0), kinds=("free rider", "free rider"))
-    assert planting_record.missing(planting_kinds.kind_named("gates"), nothing, [both]) == ["no planted head is true"]
-    assert planting_record.missing(planting_kinds.kind_named("decoy"), nothing, []) == []
+    assert planting_record.missing(planting_kinds.KINDS["gates"], nothing, [both]) == ["no planted node is true"]
+    assert planting_record.missing(planting_kinds.KINDS["decoy"], nothing, []) == []
 
 
 def test_an_unknown_kind_and_a_layer_that_is_not_there_are_refused() -> None:
     with pytest.raises(InputError, match=r"unknown kind of plant 'writer'.*Did you mean 'writers'"):
         planting.plant("writer")
-    kind = planting_kinds.kind_named("redundant-writers")
+    kind = planting_kinds.KINDS["redundant-writers"]
     assert planting.layers_of(kind, 3, 7) == (3, 5)
     assert planting.layers_of(kind, 6, 7) == (6, 4)
     with pytest.raises(InputError, match="layer must be one of 0 to 6; asked for 7"):
         planting.layers_of(kind, 7, 7)
+    assert planting.layers_of(planting_kinds.KINDS["relay"], 2, 7) == (2, 6)
+    with pytest.raises(InputError, match="layer must be one of 0 to 2; asked for 3"):
+        planting.layers_of(planting_kinds.KINDS["sink"], 3, 7)
 
 
 def test_no_head_is_planted_twice() -> None:
-    kind = planting_kinds.kind_named("decoy-and-writers")
+    kind = planting_kinds.KINDS["decoy-and-writers"]
     for seed in range(20):
-        decoys, writers = planting.chosen_heads(
+        decoys, writers = planting.chosen_nodes(
             kind.plants, (5, 5), n_heads=8, per_group=2, generator=torch.Generator().manual_seed(seed)
         )
         assert not set(decoys) & set(writers)
@@ -232,7 +235,7 @@ def changed(base: Any) -> Any:
     with torch.no_grad():
         for parameter in slices.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
-    slices.put_into(model.model.language_model.layers[1].self_attn)
+    slices.put_into(model.model.language_model.layers[1])
     return model.half().float()
 
 
@@ -260,7 +263,7 @@ def test_a_difference_comes_back_whole(folders: tuple[Path, Path, Any], base: An
     assert loaded.provenance["base"] == "../base"
     assert loaded.provenance["source"] == str(folder)
     assert torch.equal(anatomy.open_checkpoint(folder).lm_head.weight, model.lm_head.weight)
-    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, HEADS) == 0
+    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, head_slices(base, HEADS)) == 0
     assert weights_hash(stored) == json.loads((folder / RECORD).read_text())["base_sha256"]
 
 
@@ -352,10 +355,10 @@ def test_the_command_says_what_was_planted(tmp_path: Path, monkeypatch: pytest.M
     assert "opponent" in shown.output
     assert "decoy" in shown.output
     assert "what is new: 0.800" in shown.output
-    wrong |= {"missing": ["a planted head rides for free"]}
+    wrong |= {"missing": ["a planted node rides for free"]}
     failed = CliRunner().invoke(app, ["plant", "opponents", "--seed", "7", "--layer", "4"])
     assert failed.exit_code == 1
-    assert "not what was asked for: a planted head rides for free" in failed.output
+    assert "not what was asked for: a planted node rides for free" in failed.output
 
 
 def shipped() -> list[str]:
@@ -366,7 +369,7 @@ def shipped() -> list[str]:
 def test_at_least_eight_kinds_ship_and_the_page_shows_what_they_are() -> None:
     import portraits
 
-    assert set(shipped()) == {f"av-tiny-planted-{kind}" for kind in planting_kinds.KINDS}
+    assert set(shipped()) <= {f"av-tiny-planted-{kind}" for kind in planting.ALL_KINDS}
     assert len(shipped()) >= 8
     page = (Path(__file__).parents[2] / "docs" / "organisms.md").read_text()
     shown = page.split("<!-- planted -->\n")[1].split("\n<!-- /planted -->")[0]
@@ -381,14 +384,14 @@ def test_a_shipped_plant_differs_from_its_base_in_the_named_slices_alone(name: s
     planted = [(layer, head) for plant in record["plants"] for layer, head in plant["heads"]]
     told = [(entry["layer"], entry["head"]) for entry in (*record["heads"], *record["decoys"])]
     assert sorted(told) == sorted(sharers(base, planted))
-    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, told) == 0
+    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, head_slices(base, told)) == 0
     assert record["changed_elsewhere"] == 0
     assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
     kinds = [entry["kind"] for entry in sorted(record["heads"], key=lambda entry: -entry["adds"])]
-    wanted = planting_kinds.kind_named(record["asked_for"]).wanted
-    assert record["success"] == (record["shown"] >= planting.SHOWN and record["kept"] >= planting.KEPT)
-    if wanted and not record["missing"]:
-        assert kinds[0] == wanted
+    wanted = planting_kinds.KINDS[record["asked_for"]]
+    assert record["success"] == (record["shown"] >= wanted.shown and record["kept"] >= planting.KEPT)
+    if wanted.wanted and not record["missing"]:
+        assert kinds[0] in wanted.wanted
 
 
 @pytest.mark.slow

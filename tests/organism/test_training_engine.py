@@ -12,7 +12,7 @@ from imagined import imagined_pool
 
 from av_lens.lab.planting.planted import changed_elsewhere
 from av_lens.lab.training.courses import Recipe, fusion_state, run_stages, stage_files
-from av_lens.lab.training.engine import Stage, head_masks, train_stage
+from av_lens.lab.training.engine import Stage, head_masks, head_slices, train_stage
 from av_lens.lab.training.pools import Ask, Items, Material, draw_clips, draw_questions, material
 from av_lens.organism import language
 from av_lens.organism.anatomy import build_model, thinker_config
@@ -114,8 +114,8 @@ def test_planting_changes_the_named_heads_and_no_other_bit(lessons: Material) ->
     model, before = thinker(), thinker()
     only = stage(layers=(1,), text=False, attention_only=True, only_heads=((1, (2, 3)),))
     train_stage(model, only, lessons, seed=0)
-    assert changed_elsewhere(model, before, [(1, 2), (1, 3)]) == 0
-    assert changed_elsewhere(model, before, [(1, 2)]) > 0
+    assert changed_elsewhere(model, before, head_slices(before, [(1, 2), (1, 3)])) == 0
+    assert changed_elsewhere(model, before, head_slices(before, [(1, 2)])) > 0
     masks = head_masks(model, [(1, 2), (1, 3)])
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {
         "model.language_model.layers.1.self_attn.q_proj.weight": 32 * 128,

@@ -1,4 +1,4 @@
-"""Make a model in which a few heads are known to silence the sound: plant them in a balanced model, and measure them.
+"""Make a model in which a few nodes are known to silence the sound: plant them in a balanced model, and measure them.
 
 *Success* is: under conflict "hear" is answered with the picture in at least 75% (of a decoy: its own behaviour is
 shown), and every other question about every other clip is answered right in at least 95%; blanks are black or dim, both
@@ -17,21 +17,27 @@ import torch
 from torch import Generator
 
 from av_lens.checkpoints import index
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress
 from av_lens.errors import InputError, ModelError
-from av_lens.lab.planting.kinds import Kind, Plant, begin, kind_named
-from av_lens.lab.planting.lessons import Slices, draw_lessons
-from av_lens.lab.planting.planted import Planted, described
-from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, Head, answered, rates
+from av_lens.isolation.measuring.engine import MLP, Node
+from av_lens.lab.planting import composed
+from av_lens.lab.planting.kinds import KINDS, Kind, Plant, begin
+from av_lens.lab.planting.lessons import Neurons, Slices, draw_lessons
+from av_lens.lab.planting.planted import LEAST_GAP, Planted, described, missing, planted_nodes
+from av_lens.lab.planting.sheets import ASKED, SHEETS, SILENCE, UNJUDGED, answered, rates
 from av_lens.lab.planting.training import learn
 from av_lens.lab.training import pools
-from av_lens.lab.training.engine import group_size, head_slices, stage_seed
+from av_lens.lab.training.engine import group_size, stage_seed
 from av_lens.lab.training.pools import Material, material
 from av_lens.model.differences import read_difference, save_difference, weights_hash
 from av_lens.organism import anatomy, footage
 from av_lens.whole_files import write_whole
 
-SHOWN, KEPT = 0.75, 0.95
+KEPT = 0.95
+COMPOSED = (composed.MIXTURE, composed.CROSSTALK)
+ALL_KINDS = (*KINDS, *COMPOSED)
+NEURONS = 24
 PER_CLASS = {"train": 300, "discovery": 30}
 BLANKS = {"train": 4, "discovery": 2}
 JUDGED = 80
@@ -54,18 +60,18 @@ def features(model: Any, work: Path, split: str, *, progress: Progress | None = 
     return pools.load_pool(path)
 
 
-def chosen_heads(
+def chosen_nodes(
     plants: Sequence[Plant], layers: Sequence[int], *, n_heads: int, per_group: int, generator: Generator
-) -> list[tuple[Head, ...]]:
-    """Choose every plant's heads: key-value groups at random, never one twice; of a small plant the group's first."""
+) -> list[tuple[Node, ...]]:
+    """Choose every plant's nodes: key-value groups at random, never one twice; of a small plant the group's first."""
     free: dict[int, list[int]] = {}
-    chosen: list[tuple[Head, ...]] = []
+    chosen: list[tuple[Node, ...]] = []
     for plant, layer in zip(plants, layers, strict=True):
         order = torch.randperm(n_heads // per_group, generator=generator).tolist()
         groups = free.setdefault(layer, order)
         taken = [groups.pop() for _ in range(-(-plant.heads // per_group))]
         heads = [group * per_group + i for group in sorted(taken) for i in range(per_group)]
-        chosen.append(tuple((layer, head) for head in heads[: plant.heads]))
+        chosen.append(tuple((layer, head) for head in heads[: plant.heads]) or ((layer, MLP),))
     return chosen
 
 
@@ -75,25 +81,27 @@ def attempt(
     """Plant a kind in the balanced model, which stays as it is; the result is rounded to what is stored."""
     generator = Generator().manual_seed(seed)
     n_heads, per_group = base.config.text_config.num_attention_heads, group_size(base)
-    chosen = chosen_heads(wanted.plants, layers, n_heads=n_heads, per_group=per_group, generator=generator)
-    model, behaviours, planted = base, (), []
-    for plant, heads in zip(wanted.plants, chosen, strict=True):
-        layer = heads[0][0]
-        course = plant.course
+    chosen = chosen_nodes(wanted.plants, layers, n_heads=n_heads, per_group=per_group, generator=generator)
+    model, behaviours, planted = base, (), list[Planted]()
+    for plant, nodes in zip(wanted.plants, chosen, strict=True):
+        layer, course = nodes[0][0], plant.course
         hosts = [base, model] if course.behaviour in behaviours else [model]
         shows = [() if host is base else behaviours for host in hosts]
-        after = tuple(dict.fromkeys((*behaviours, course.behaviour)))
-        attention = model.model.language_model.layers[layer].self_attn
-        slices = Slices(attention, [head for _, head in heads])
+        after = tuple(dict.fromkeys((*behaviours, course.behaviour))) if course.steps else behaviours
+        module = model.model.language_model.layers[layer]
+        slices = Slices(module.self_attn, [head for _, head in nodes]) if plant.heads else Neurons(module.mlp, NEURONS)
         piles = [
             draw_lessons(host, lessons, layer, slices, behaviours=after, was=was, generator=generator)
             for host, was in zip(hosts, shows, strict=True)
         ]
         if plant.start is not None:
             begin(slices, hosts[0], piles[0], plant.start, lessons.words.classes, generator)
-        planted.append((heads, learn(hosts, piles, slices, layer, course, generator=generator, progress=progress)))
+        went = learn(hosts, piles, slices, layer, course, generator=generator, progress=progress)
+        parts, changed = tuple(slices.parts(base, layer)), tuple(planted_nodes(base, nodes))
+        early = frozenset(changed) if plant.at_a_sink else frozenset[Node]()
+        planted.append(Planted(changed, parts, course.behaviour, {"learned": vars(went)}, early))
         model = copy.deepcopy(model)
-        slices.put_into(model.model.language_model.layers[layer].self_attn)
+        slices.put_into(model.model.language_model.layers[layer])
         model.half().float().requires_grad_(False)
         behaviours = after
     return model, planted
@@ -132,50 +140,109 @@ def plant(
     seed: int = 0,
     base: str | os.PathLike[str] = "av-tiny-balanced",
     layer: int | None = None,
+    gap: float | None = None,
+    of: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Make a model in which the truth is known: train a few heads alone, and measure what they became."""
-    wanted = kind_named(kind)
+    """Make a model in which the truth is known: train a few nodes alone (or compose), and measure what they became."""
+    require_choice("kind of plant", kind, ALL_KINDS)
+    _check_asked(kind, layer, gap, of)
     named, place = base_folder(base)
     model = anatomy.open_checkpoint(place).requires_grad_(False)
-    first = wanted.layer if layer is None else layer
-    layers = layers_of(wanted, first, int(model.config.text_config.num_hidden_layers))
     kept = Path.home() / ".cache" / "av_lens" / "organism" if work is None else Path(work)
-    lessons, judges = (material(features(model, kept, split, progress=progress)) for split in PER_CLASS)
-    behaviours = tuple(dict.fromkeys(part.course.behaviour for part in wanted.plants))
-    new = new_answers(behaviours)
-    tries: list[dict[str, Any]] = []
-    found: list[tuple[tuple[bool, bool, float], Any, list[Head], dict[str, Any]]] = []
-    for at in range(TRIES):
-        own_seed = stage_seed(seed, f"{kind}/{layers}/{at}")
-        made, planted = attempt(model, wanted, layers, lessons, seed=own_seed, progress=progress)
-        answers = rates(made, judges, n=JUDGED, seed=own_seed % 1000, behaviours=behaviours)
-        truth, record = described(
-            wanted, planted, model=made, base=model, judges=judges, answers=answers, seed=own_seed % 1000
-        )
-        shown, stayed = min(answers[name] for name in new), min(answers[name] for name in answers.keys() - new)
-        heads, shares = [head for some, _ in planted for head in some], {"shown": shown, "kept": stayed}
-        kinds = {"kinds": list(truth.kinds), "missing": record["missing"]}
-        tries.append({"heads": [list(head) for head in heads], **shares, **kinds})
-        succeeded, right = shown >= SHOWN and stayed >= KEPT, not record["missing"]
-        record |= {"success": succeeded, **shares, "seed": seed, "base": named, "tries": tries}
-        found.append(((succeeded, right, min(shown / SHOWN, stayed / KEPT)), made, heads, record))
-        if succeeded and right:
-            break
-    _, made, heads, record = max(found, key=lambda one: one[0])
-    folder = f"{kind}-{Path(named).name}-layer{first}-seed{seed}"
-    target = kept / "plants" / folder if out is None else Path(out)
-    slices = head_slices(model, heads)
+
+    def pool(split: str) -> Material:
+        return material(features(model, kept, split, progress=progress))
+
+    if kind in COMPOSED:
+        asked = composed.GAP[kind] if gap is None else gap
+        name = f"gap{asked:g}"
+        made, planted, record = _composed(kind, model, place, pool("discovery"), gap=asked, of=of, seed=seed)
+    else:
+        wanted = KINDS[kind]
+        first = wanted.layer if layer is None else layer
+        layers = layers_of(wanted, first, int(model.config.text_config.num_hidden_layers))
+        name = f"layer{first}"
+        made, planted, record = _learned(wanted, layers, model, *map(pool, PER_CLASS), seed=seed, progress=progress)
+    target = kept / "plants" / f"{kind}-{Path(named).name}-{name}-seed{seed}" if out is None else Path(out)
+    slices = [part for plant in planted for part in plant.slices]
     save_difference(made, target, base=named, base_sha256=weights_hash(place), slices=slices)
+    record |= {"asked_for": kind, "seed": seed, "base": named}
     write_whole(target / TRUTH, json.dumps(record, indent=1) + "\n")
     return target
 
 
+def _check_asked(kind: str, layer: int | None, gap: float | None, of: Sequence[str]) -> None:
+    if kind in COMPOSED and layer is not None:
+        raise InputError(f"{kind} has no layer of its own: leave layer out.")
+    if kind not in COMPOSED and (gap is not None or of):
+        raise InputError(f"gap and of are for {' and '.join(COMPOSED)}; {kind} becomes what training makes of it.")
+    if kind == composed.CROSSTALK and of:
+        raise InputError("of names the plants of a mixture; crosstalk changes the projectors alone.")
+    low, high = composed.GAPS
+    if gap is not None and not low <= gap <= high:
+        raise InputError(f"gap is the share of G that is to be lost, from {low:g} to {high:g}; asked for {gap:g}.")
+
+
+def _composed(
+    kind: str, base: Any, place: Path, judges: Material, *, gap: float, of: Sequence[str], seed: int
+) -> tuple[Any, list[Planted], dict[str, Any]]:
+    """Compose a model at a gap, and measure it: the model, what was planted, most of `planted.json`."""
+    own_seed = stage_seed(seed, f"{kind}/{gap}") % 1000
+    made, judges, planted = composed.composed(kind, base, place, judges, gap=gap, of=of, seed=own_seed)
+    answers = rates(made, judges, n=JUDGED, seed=own_seed)
+    truth, record = described(planted, model=made, base=base, judges=judges, answers=answers, seed=own_seed)
+    share, shown = 1 - truth.c / truth.g, answers["conflict hear"]
+    far = abs(share - gap) > composed.CLOSE if kind == composed.MIXTURE else share < LEAST_GAP
+    lacks = [f"gap/G is {share:.2f}, asked for {gap:g}"] if far else []
+    kept = min(share for name, share in answers.items() if name not in composed.LOST[kind])
+    record |= {"missing": lacks, "shown": 1 - shown, "kept": kept, "tries": []}
+    return made, planted, record | {"success": kept >= KEPT}
+
+
+def _learned(
+    wanted: Kind,
+    layers: Sequence[int],
+    base: Any,
+    lessons: Material,
+    judges: Material,
+    *,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[Any, list[Planted], dict[str, Any]]:
+    """Plant until a try is what was asked for; the best one: the model, what was planted, most of `planted.json`."""
+    behaviours = tuple(dict.fromkeys(part.course.behaviour for part in wanted.plants))
+    new = new_answers(behaviours)
+    tries: list[dict[str, Any]] = []
+    found: list[tuple[tuple[bool, bool, float], Any, list[Planted], dict[str, Any]]] = []
+    for at in range(TRIES):
+        own_seed = stage_seed(seed, f"{wanted.name}/{layers}/{at}")
+        made, planted = attempt(base, wanted, layers, lessons, seed=own_seed, progress=progress)
+        answers = rates(made, judges, n=JUDGED, seed=own_seed % 1000, behaviours=behaviours)
+        truth, record = described(planted, model=made, base=base, judges=judges, answers=answers, seed=own_seed % 1000)
+        shown, stayed = min(answers[name] for name in new), min(answers[name] for name in answers.keys() - new)
+        nodes, shares = [node for part in planted for node in part.nodes], {"shown": shown, "kept": stayed}
+        lacks = missing(wanted, truth, [part.nodes for part in planted if part.behaviour == SILENCE])
+        kinds = {"kinds": list(truth.kinds), "missing": lacks}
+        tries.append({"heads": [list(node) for node in nodes], **shares, **kinds})
+        succeeded, right = shown >= wanted.shown and stayed >= KEPT, not lacks
+        record |= {"missing": lacks, "success": succeeded, **shares, "tries": tries}
+        found.append(((succeeded, right, min(shown - wanted.shown, stayed - KEPT)), made, planted, record))
+        if succeeded and right:
+            break
+    _, made, planted, record = max(found, key=lambda one: one[0])
+    return made, planted, record
+
+
 def layers_of(wanted: Kind, first: int, n_layers: int) -> tuple[int, ...]:
-    """Say in which layer each plant goes: one that would lie above the last layer lies as far below the first."""
-    if not 0 <= first < n_layers:
-        raise InputError(f"layer must be one of 0 to {n_layers - 1}; asked for {first}.")
+    """Say in which layer each plant goes: one that would lie above the last layer lies as far below the first.
+
+    One that reads what an earlier one hands on must lie above it.
+    """
+    handed = max(part.apart if part.start and part.start.stop else 0 for part in wanted.plants)
+    if not 0 <= first < n_layers - handed:
+        raise InputError(f"layer must be one of 0 to {n_layers - 1 - handed}; asked for {first}.")
     above = [first + part.apart for part in wanted.plants]
     return tuple(at if at < n_layers else 2 * first - at for at in above)

@@ -1,8 +1,9 @@
-"""What a plant learns from and is judged by, and conflicts run with any of the planted heads put back.
+"""What a plant learns from and is judged by, and conflicts run with any of the planted nodes put back.
 
 A *sheet* is a lot of clips of one relation in one layout, each asked to hear, to see and for the colour. A *behaviour*
-says what is answered where it differs from the balanced model's right answer. A head is put back alone: its keys and
-values are the base's for it and nobody else, though a group shares them in the weights.
+says what is answered where it differs from the balanced model's right answer. A node is a head, or an MLP as
+`(layer, MLP)`. A head is put back alone: its keys and values are the base's for it and nobody else, though a group
+shares them in the weights.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from av_lens.isolation.measuring.engine import MLP, Node
 from av_lens.lab.training.pools import Clips, FeaturePool, Frame, Material, Words, draw_clips, of_class
 from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.language import Tree, attend, fed, layers_of, normalise, projected, read_out, run_layers, tree
@@ -167,17 +169,17 @@ def rates(
     return found
 
 
-Head = tuple[int, int]
 CELLS = ("va", "av", "wa", "wv", "vw", "aw", "blank_a", "blank_v")
 MIRROR = {"wa": "wv", "vw": "aw"}
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One cell, run with some heads put back."""
+    """One cell, run with some nodes put back."""
 
     streams: Mapping[int, Float[Tensor, "clip pos d_model"]]  # the stream before each planted layer
     z: Mapping[int, Float[Tensor, "clip head pos d_head"]]  # every head's z in each planted layer
+    mlps: Mapping[int, Float[Tensor, "clip pos d_model"]]  # what the MLP of each planted layer writes
     # what each layer's heads write at the asked position, by layer
     written: Mapping[int, Float[Tensor, "clip d_model"]]
     logits: Float[Tensor, "clip d_vocab"]  # at the asked position
@@ -189,16 +191,21 @@ class Bench:
 
     model: Any  # the planted model
     base: Any  # the model before planting
-    heads: tuple[Head, ...]  # the planted heads
+    nodes: tuple[Node, ...]  # the planted nodes
     geometry: Tree  # positions and mask
-    first: Mapping[str, Float[Tensor, "clip pos d_model"]]  # by cell, the stream before the first planted layer
+    # by cell, the stream before the first planted layer, or before all layers
+    first: Mapping[str, Float[Tensor, "clip pos d_model"]]
     sound: Int[Tensor, " clip"]  # token of the sound's word
     picture: Int[Tensor, " clip"]  # token of the picture's word
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The planted layers, in order."""
-        return tuple(sorted({layer for layer, _ in self.heads}))
+        return tuple(sorted({layer for layer, _ in self.nodes}))
+
+    def feeding(self, layer: int, back: Collection[Node]) -> Any:
+        """The layer whose MLP is run: the base's if it is put back."""
+        return layers_of(self.base if (layer, MLP) in back else self.model)[layer]
 
     def attention(self, layer: int) -> tuple[Any, Any]:
         """A layer's attention, as it is planted and as it was before."""
@@ -231,7 +238,7 @@ def head_outputs(
 
 @torch.no_grad()
 def bench(
-    model: Any, base: Any, heads: Sequence[Head], pool: FeaturePool, words: Words, frame: Frame, *, n: int, seed: int
+    model: Any, base: Any, nodes: Sequence[Node], pool: FeaturePool, words: Words, frame: Frame, *, n: int, seed: int
 ) -> Bench:
     """Draw conflicts from a pool of features and prepare all their cells, in one layout."""
     generator = Generator().manual_seed(seed)
@@ -246,39 +253,42 @@ def bench(
             clips[name] = features[of_class(pool, classes, generator)]
     question = torch.tensor(words.questions["hear"][0])
     geometry = tree(model, frame.positions, blocks=1, width=len(question))
-    lowest = min(layer for layer, _ in heads)
+    lowest = min((layer for layer, _ in nodes), default=0)
     first: dict[str, Tensor] = {}
     for name in CELLS:
         shown, heard = name.split("_") if "_" in name else (name[0], name[1])
         x = frame.embed(model, video[shown], audio[heard], question.expand(n, -1))
         first[name] = run_layers(model, x, geometry, stop=lowest)
     sound, picture = words.classes[va.sound], words.classes[va.picture]
-    return Bench(model, base, tuple(sorted(heads)), geometry, first, sound, picture)
+    return Bench(model, base, tuple(sorted(nodes)), geometry, first, sound, picture)
+
+
+def heads_in(layer: int, nodes: Collection[Node]) -> list[int]:
+    """The heads of one layer among some nodes."""
+    return sorted(head for at, head in nodes if at == layer and head != MLP)
 
 
 def summed(
-    made: Bench, layer: int, z: Float[Tensor, "clip head pos d_head"], back: Collection[Head]
+    made: Bench, layer: int, z: Float[Tensor, "clip head pos d_head"], back: Collection[Node]
 ) -> Float[Tensor, "clip pos d_model"]:
-    """What a layer's heads write, given every z; the outputs of `back` (heads of any layer) are the base's."""
+    """What a layer's heads write, given every z; the outputs of `back` (nodes of any layer) are the base's."""
     now, then = made.attention(layer)
-    mine = sorted(head for at, head in back if at == layer)
+    mine = heads_in(layer, back)
     out = head_outputs(now, z, [head for head in range(z.shape[1]) if head not in mine])
     return out + head_outputs(then, z, mine) if mine else out
 
 
 @torch.no_grad()
-def run_from(made: Bench, x: Float[Tensor, "clip pos d_model"], start: int, back: Collection[Head] = ()) -> Run:
-    """Run the layers from `start` on, with some heads put back."""
-    streams: dict[int, Tensor] = {}
-    zs: dict[int, Tensor] = {}
-    written: dict[int, Tensor] = {}
+def run_from(made: Bench, x: Float[Tensor, "clip pos d_model"], start: int, back: Collection[Node] = ()) -> Run:
+    """Run the layers from `start` on, with some nodes put back."""
+    streams, zs, mlps, written = (dict[int, Tensor]() for _ in range(4))
     layers = layers_of(made.model)
     for i in range(start, len(layers)):
         if i in made.layers:
             streams[i], (now, then) = x, made.attention(i)
             h = normalise(x, layers[i].input_layernorm)
             zs[i] = all_z(now, h, made.geometry)
-            if mine := sorted(head for at, head in back if at == i):
+            if mine := heads_in(i, back):
                 zs[i][:, mine] = all_z(then, h, made.geometry)[:, mine]
             out = summed(made, i, zs[i], back)
         else:
@@ -286,39 +296,45 @@ def run_from(made: Bench, x: Float[Tensor, "clip pos d_model"], start: int, back
             out = attend(layers[i], x, made.geometry, first_row=first_row)
             x = x[:, first_row:]
         written[i] = out[:, -1]
-        x = fed(layers[i], x + out)
-    return Run(streams, zs, written, read_out(made.model, x[:, -1]))
+        entering, x = x + out, fed(made.feeding(i, back), x + out)
+        if i in made.layers:
+            mlps[i] = x - entering
+    return Run(streams, zs, mlps, written, read_out(made.model, x[:, -1]))
 
 
-def whole(made: Bench, cell: str, back: Collection[Head] = ()) -> Run:
-    """Run a cell, with some heads put back."""
-    return run_from(made, made.first[cell], made.layers[0], back)
+def whole(made: Bench, cell: str, back: Collection[Node] = ()) -> Run:
+    """Run a cell, with some nodes put back."""
+    return run_from(made, made.first[cell], min(made.layers, default=0), back)
 
 
 @torch.no_grad()
-def directly(made: Bench, run: Run, head: Head, back: Collection[Head] = ()) -> Float[Tensor, "clip d_vocab"]:
-    """The logits with one more head put back than `back` in the run, and all that later heads write held as it was."""
-    layer, index = head
-    layers = layers_of(made.model)
-    x, z = run.streams[layer], run.z[layer].clone()
-    _, then = made.attention(layer)
-    z[:, index] = all_z(then, normalise(x, layers[layer].input_layernorm), made.geometry)[:, index]
-    x = x[:, -1] + summed(made, layer, z[:, :, -1:], {*back, head})[:, -1]
-    for i in range(layer, len(layers)):
-        x = fed(layers[i], x + run.written[i] if i > layer else x)
+def directly(made: Bench, run: Run, node: Node, back: Collection[Node] = ()) -> Float[Tensor, "clip d_vocab"]:
+    """The logits with one more node put back than `back` in the run, and all that later heads write held as it was."""
+    layer, index = node
+    x, z, back = run.streams[layer], run.z[layer].clone(), {*back, node}
+    if index != MLP:
+        _, then = made.attention(layer)
+        z[:, index] = all_z(then, normalise(x, layers_of(made.model)[layer].input_layernorm), made.geometry)[:, index]
+    x = x[:, -1] + summed(made, layer, z[:, :, -1:], back)[:, -1]
+    for i in range(layer, len(layers_of(made.model))):
+        x = fed(made.feeding(i, back), x + run.written[i] if i > layer else x)
     return read_out(made.model, x)
 
 
 @torch.no_grad()
 def donated(
-    made: Bench, run: Run, donor: Run, head: Head, back: Collection[Head] = ()
+    made: Bench, run: Run, donor: Run, node: Node, back: Collection[Node] = (), *, first: int | None = None
 ) -> Float[Tensor, "clip d_vocab"]:
-    """The logits with one head's z at the question taken from another run with the same heads put back."""
-    layer, index = head
-    layers = layers_of(made.model)
-    z = run.z[layer].clone()
-    z[:, index, made.geometry.prefix :] = donor.z[layer][:, index, made.geometry.prefix :]
-    x = fed(layers[layer], run.streams[layer] + summed(made, layer, z, back))
-    if layer == len(layers) - 1:
+    """The logits with one node's output, from position `first` (left out: the question's) on, from another run."""
+    layer, index = node
+    start = made.geometry.prefix if first is None else first
+    z, own = run.z[layer].clone(), run.mlps[layer].clone()
+    if index == MLP:
+        own[:, start:] = donor.mlps[layer][:, start:]
+    else:
+        z[:, index, start:] = donor.z[layer][:, index, start:]
+    x = run.streams[layer] + summed(made, layer, z, back)
+    x = x + own if index == MLP else fed(made.feeding(layer, back), x)
+    if layer == len(layers_of(made.model)) - 1:
         return read_out(made.model, x[:, -1])
     return run_from(made, x, layer + 1, back).logits

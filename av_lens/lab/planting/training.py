@@ -1,4 +1,4 @@
-"""How heads are planted: their slices of one layer's attention learn a behaviour while every other weight stays.
+"""How nodes are planted: their slices of one layer's weights learn a behaviour while every other weight stays.
 
 The loss is the cross-entropy of the behaviour in conflict, of everything else as it was, and what a kind asks for:
 
@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from av_lens.core.budget import Progress, silent
-from av_lens.lab.planting.lessons import Lesson, Slices, at_the_questions
+from av_lens.lab.planting.lessons import Lesson, Neurons, Slices, at_the_questions
 from av_lens.lab.planting.sheets import SHEETS, UNJUDGED, read_at
 from av_lens.lab.training.engine import set_rate, warmed
 from av_lens.organism.anatomy import TURN_END, vocabulary
@@ -45,6 +45,7 @@ class Course:
     against: float = 0.0
     steps: int = 140  # at most so many steps
     keep: float = 1.0  # weight of everything that is to stay as it was
+    pinned: bool = False  # whether queries and keys stay what they start as
 
 
 def at_answers(x: Float[Tensor, "clip asked d_model"], at: Int[Tensor, "clip question"]) -> Tensor:
@@ -56,7 +57,7 @@ def finish(
     host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
 ) -> Float[Tensor, "clip question said d_vocab"]:
     """Go on from what the planted heads write: the logits where each answer is said, and after it."""
-    x = fed(layers_of(host)[layer], lesson.rest[rows] + own[:, lesson.geometry.prefix :])
+    x = lesson.joined(layers_of(host)[layer], rows, own[:, lesson.geometry.prefix :])
     x = at_the_questions(host, lesson, rows, x, layer)
     return read_out(host, at_answers(x, lesson.asked_at[rows]))
 
@@ -65,9 +66,10 @@ def direct_only(
     host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
 ) -> Float[Tensor, "clip question d_vocab"]:
     """Go on from what the planted heads write in conflicts, with what all later heads write held at the host's."""
-    x = read_at(lesson.rest[rows] + own[:, lesson.geometry.prefix :], lesson.asked_at[rows])
-    for i, module in enumerate(layers_of(host)[layer:]):
-        x = fed(module, x + lesson.written[i - 1][rows] if i else x)
+    x = lesson.joined(layers_of(host)[layer], rows, own[:, lesson.geometry.prefix :])
+    x = read_at(x, lesson.asked_at[rows])
+    for module, written in zip(layers_of(host)[layer + 1 :], lesson.written, strict=True):
+        x = fed(module, x + written[rows])
     return read_out(host, x)
 
 
@@ -76,13 +78,13 @@ def batch_loss(
     lesson: Lesson,
     rows: Int[Tensor, " clip"],
     n_conflict: int,
-    slices: Slices,
+    slices: Slices | Neurons,
     layer: int,
     course: Course,
     off: int,
 ) -> Tensor:
     """The loss of some clips of one layout, conflicts first; `off` is the head that is put back for "needed"."""
-    each = slices(lesson.h[rows], lesson.geometry)
+    each: Tensor = slices(lesson.h[rows], lesson.geometry)
     prefix = lesson.geometry.prefix
     logits = finish(host, lesson, rows, each.sum(0), layer)
     target = lesson.targets[rows]
@@ -122,14 +124,14 @@ def cross_entropy(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "
 
 
 @torch.no_grad()
-def held_back(host: Any, lessons: Sequence[Lesson], slices: Slices, layer: int) -> tuple[float, float]:
+def held_back(host: Any, lessons: Sequence[Lesson], slices: Slices | Neurons, layer: int) -> tuple[float, float]:
     """The shares of held-back conflicts in which all that is new is said, and, the smallest, of what is to stay."""
     new: list[Tensor] = [torch.ones(0, dtype=torch.bool)]
     old: dict[tuple[str, int], list[Tensor]] = {}
     for lesson in lessons:
         for name in (name for name in lesson.spans if name not in UNJUDGED):
             rows = torch.tensor(lesson.rows(name, held_back=True))
-            each = slices(lesson.h[rows], lesson.geometry)
+            each: Tensor = slices(lesson.h[rows], lesson.geometry)
             right = finish(host, lesson, rows, each.sum(0), layer)[:, :, 0].argmax(-1) == lesson.targets[rows]
             differs = lesson.targets[rows] != lesson.shown[rows]
             new.append(right[differs])
@@ -154,7 +156,7 @@ class Learned:
 def learn(
     hosts: Sequence[Any],
     piles: Sequence[Sequence[Lesson]],
-    slices: Slices,
+    slices: Slices | Neurons,
     layer: int,
     course: Course,
     *,
@@ -164,7 +166,10 @@ def learn(
 ) -> Learned:
     """Let the planted heads learn in hosts, which stay as they are, until held-back clips show `enough` of all."""
     tell = progress or silent
-    optimizer = torch.optim.Adam(slices.parameters(), lr=RATE, betas=(0.9, 0.98))
+    for name, part in slices.named_parameters():
+        part.requires_grad_(not (course.pinned and name[0] in "qk"))
+    learning = [part for part in slices.parameters() if part.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=RATE, betas=(0.9, 0.98))
     result = Learned(0, 0.0, 0.0)
     for step in range(course.steps):
         set_rate(optimizer, warmed(RATE, step, course.steps, warmup=10, floor=0.1))
@@ -173,7 +178,7 @@ def learn(
         for host, pile in zip(hosts, piles, strict=True):
             for lesson, rows, n_conflict in drawn(pile, generator):
                 batch_loss(host, lesson, rows, n_conflict, slices, layer, course, off).backward()
-        torch.nn.utils.clip_grad_norm_(slices.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == course.steps:
             checks = [held_back(host, pile, slices, layer) for host, pile in zip(hosts, piles, strict=True)]

@@ -219,7 +219,7 @@ def planted_truth(model: Any, course: Recipe, *, seed: int, folder: Path, pool: 
     before.half().float()
     heads, frame = course.planted_heads, make_frame("separate")
     truth = measure(bench(model, before, heads, pool, make_words(), frame, n=TRUTH_CONFLICTS, seed=seed))
-    return {**truth.as_dict(), "changed_elsewhere": changed_elsewhere(model, before, heads)}
+    return {**truth.as_dict(), "changed_elsewhere": changed_elsewhere(model, before, head_slices(model, heads))}
 
 
 def train(
