@@ -156,6 +156,11 @@ def test_a_refusal_before_the_run_is_remembered(monkeypatch):
     assert kind == "too few sources"
     assert sentence.startswith("22 components on discovery are too few for 1000000 tests: no effect, however large")
     assert "not interpretable" in made.stamps
+    made.survey = survey(made.bench.chunks(range(44)), 44)
+    competence = made.read.competence()
+    for sentence in ("One thing.", "Another."):
+        made.go_past("refused", f"{sentence} {competence}")
+    assert [said for _, said in made.refused[1:]] == [f"One thing. {competence}", "Another."]
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,10 @@ class Run:
         return exchanged(text) if self.options.suppressed == "picture" else text
 
     def go_past(self, kind: str, sentence: str, *, before: str = "") -> None:
-        """Go on past a refusal: the verdict will begin with it, and every page is marked."""
+        """Go on past a refusal: the verdict will begin with it (competence told once), and every page is marked."""
+        said = "" if self.survey is None else f" {self.read.competence()}"
+        if said and any(said in earlier for _, earlier in self.refused):
+            sentence = sentence.replace(said, "")
         self.refused.append((kind, sentence))
         self.stamp(NOT_INTERPRETABLE, self.words(f"{before}{sentence}"))
 
