@@ -85,13 +85,7 @@ def test_the_first_edition_has_heads_alone():
     assert {*zip(writers["layer"], writers["head"], strict=True)} == FEEDERS  # what the second edition is for
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_planted_mlp_is_named_and_no_head_is(seed, tmp_path):
-    staged = list(read_conflicts(stage(tmp_path / "staged", conflicts=132, seed=seed, split="test")))
-    model = avl.load("av-tiny-balanced")
-    plant_mlp(model, staged[120:], strength=8.0)
-    found = avl.isolate(model, staged[:120], quick=True, named_only=True)
+def require_the_mlp_and_no_head(found):
     print("", found.verdict, found.nodes[["layer", "head", "role", "status", "effect"]].to_string(), sep="\n")
     planted = found.mlps[found.mlps["layer"] == LAYER]
     assert planted["role"].isin(RELEASING).all()
@@ -99,6 +93,16 @@ def test_a_planted_mlp_is_named_and_no_head_is(seed, tmp_path):
     assert f"MLP {LAYER}" in found.verdict
     guilty = found.heads[found.heads["role"].isin(RELEASING)]
     assert (guilty["status"] == "not replicated").all()  # two heads of seed 2 are undetermined on discovery alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_planted_mlp_is_named_and_no_head_is(seed, tmp_path):
+    staged = list(read_conflicts(stage(tmp_path / "staged", conflicts=132, seed=seed, split="test")))
+    model = avl.load("av-tiny-balanced")
+    plant_mlp(model, staged[120:], strength=8.0)
+    found = avl.isolate(model, staged[:120], quick=True, named_only=True)
+    require_the_mlp_and_no_head(found)
     assert np.nanmax(found.grid("release", "zero", column="share")) > 0.1  # by release alone heads were guilty
 
 
@@ -114,10 +118,4 @@ def test_an_mlp_that_was_planted_and_trained_is_named_and_no_head_is(tmp_path, m
     assert truth["changed_elsewhere"] == 0
     staged = list(read_conflicts(stage(tmp_path / "staged", conflicts=120, seed=1, split="test")))
     found = avl.isolate(avl.load(made), staged, quick=True, named_only=True)
-    print("", found.verdict, found.nodes[["layer", "head", "role", "status", "effect"]].to_string(), sep="\n")
-    planted = found.mlps[found.mlps["layer"] == LAYER]
-    assert planted["role"].isin(RELEASING).all()
-    assert len(planted)  # an early MLP that tells it what is seen may stand beside it, as a gate
-    assert f"MLP {LAYER}" in found.verdict
-    guilty = found.heads[found.heads["role"].isin(RELEASING)]
-    assert (guilty["status"] == "not replicated").all()
+    require_the_mlp_and_no_head(found)
