@@ -379,8 +379,9 @@ def test_a_question_of_another_length_is_aligned_from_the_end(see):
 @pytest.mark.slow
 def test_the_whole_record_of_an_isolation(model, tmp_path):
     """Both sites on 44 conflicts; `confirmation` on the heads that were named."""
-    listed = staged(tmp_path, conflicts=44, seed=11)
-    found = isolate(model, listed, sites=tuple(NODES), gate="report", quick=True, named_only=True)
+    listed, engine = staged(tmp_path, conflicts=44, seed=11), ModelEngine(model)
+    engine.everything = True
+    found = isolate(model, listed, sites=tuple(NODES), gate="report", quick=True, named_only=True, engine=engine)
     halves = dealt(listed, seed=0)
     assert halves == found.protocol["halves"]["dealt"]
     cases = {one.id: case(model, one) for one in with_thirds(listed, halves, seed=0)}
