@@ -275,8 +275,7 @@ class Run:
     def go_past(self, kind: str, sentence: str, *, before: str = "") -> None:
         """Go on past a refusal: the verdict will begin with it (competence told once), and every page is marked."""
         said = "" if self.survey is None else f" {self.read.competence()}"
-        if said and any(said in earlier for _, earlier in self.refused):
-            sentence = sentence.replace(said, "")
+        sentence = sentence.replace(said, "") if any(said in earlier for _, earlier in self.refused) else sentence
         self.refused.append((kind, sentence))
         self.stamp(NOT_INTERPRETABLE, self.words(f"{before}{sentence}"))
 
