@@ -107,7 +107,7 @@ def gather(
     """Measure and test the effects of some nodes at one site on one half; on confirmation all of each."""
     stage = f"exact effects of {len(heads)} nodes at {site}, {half.name}"
     bench = chunks[0].bench
-    floor = None if half.name == CONFIRMATION or not bench.mlps or bench.engine.everything else s
+    floor = None if half.name == CONFIRMATION or not bench.mlps else s
     effects = measured(chunks, half, heads, requests(chunks), floor=floor, stage=stage)
     written = {DLA: direct_writes(chunks, half.examples)}
     found = Evidence(figures(effects) | written, half, bench.mlps, chunks[0].encoding)
@@ -140,7 +140,7 @@ def completed(
 ) -> dict[Request, Effect]:
     """Add what was not run for all nodes, for those of which some release's upper bound is not below delta."""
     at = tuple(np.array(nodes).T)
-    large = np.zeros(len(nodes), dtype=bool)
+    large = np.full(len(nodes), chunks[0].bench.engine.everything)
     for donor in PRIMARY_DONORS:
         if (request := Request("va", donor)) in effects:
             release = effects[request].margin[:, *at]
