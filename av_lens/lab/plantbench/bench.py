@@ -97,8 +97,8 @@ def run_plantbench(
     recipes += [] if fresh is None else fresh_recipes(fresh, bases, out / FRESHLY)
     twice = sorted(label for label, count in Counter(one.name for one in recipes).items() if count > 1)
     if twice or not recipes:
-        why = f"two models are called {twice[0]!r}: give folders" if twice else "no model was given: folders or names"
-        raise InputError(f"{why} of different names.")
+        why = f"two models are called {twice[0]!r}: give folders of different names." if twice else ""
+        raise InputError(why or "no model was given: name folders or short names of planted models, or give --fresh.")
     listed_fresh = [] if fresh is None else Path(fresh).read_text("utf-8").splitlines()
     listed_fresh += [] if fresh is None else [f"base {weights_key(base)[:16]}" for base in bases]
     written = _written_down(out, criteria(conflicts=conflicts, seed=seed, fresh=listed_fresh))
