@@ -8,32 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from imagined import imagined_pool
+from imagined import imagined_pool, imagined_thinker
 
 from av_lens.lab.planting import planted
 from av_lens.lab.planting import sheets as planted_runs
 from av_lens.lab.training.courses import recipe
 from av_lens.lab.training.engine import train_stage
 from av_lens.lab.training.pools import make_frame, make_words, material
-from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 HEADS = ((1, 2), (1, 3))
 
 
-def thinker() -> Any:
-    model = build_model(thinker_config(n_layers=3), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.model.language_model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 @pytest.fixture(scope="module")
 def models() -> tuple[Any, Any]:
-    base, model = thinker(), thinker()
+    base, model = imagined_thinker(), imagined_thinker()
     stage = dataclasses.replace(
         recipe("av-tiny-planted").stages[-1], layers=(1,), only_heads=((1, (2, 3)),), dropped_heads=HEADS, steps=3
     )
@@ -104,7 +94,7 @@ def test_the_cells_hold_the_media_their_names_say(models: tuple[Any, Any]) -> No
 
 @torch.no_grad()
 def test_in_the_last_layer_all_of_an_effect_is_direct() -> None:
-    base, model = thinker(), thinker()
+    base, model = imagined_thinker(), imagined_thinker()
     weight = model.model.language_model.layers[2].self_attn.o_proj.weight
     with torch.no_grad():
         weight[:, 16:32] += 0.5 * torch.randn(128, 16, generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from imagined import imagined_pool
+from imagined import imagined_pool, imagined_thinker
 
 from av_lens.isolation.measuring.engine import MLP
 from av_lens.lab.planting import planted, planting, sheets
@@ -19,7 +19,6 @@ from av_lens.lab.planting.lessons import Neurons, Slices, draw_lessons
 from av_lens.lab.planting.planted import NodeTruth, Truth, changed_elsewhere, measure, missing, planted_nodes
 from av_lens.lab.planting.training import Course, at_answers, finish, learn
 from av_lens.lab.training.pools import Material, make_frame, make_words, material
-from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import layers_of, read_out, run_layers
 
 FEW = {name: 20 if name == "conflict" else 10 for name in sheets.SHEETS}
@@ -27,12 +26,7 @@ FEW = {name: 20 if name == "conflict" else 10 for name in sheets.SHEETS}
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    model = build_model(thinker_config(n_layers=3), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.model.language_model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.half().float().requires_grad_(False)
+    return imagined_thinker().half().float().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from imagined import imagined_pool
+from imagined import imagined_pool, imagined_thinker
 
 from av_lens.errors import InputError, ModelError
 from av_lens.lab.planting import kinds as planting_kinds
@@ -30,7 +30,6 @@ from av_lens.lab.training.pools import Material, material
 from av_lens.model import load
 from av_lens.model.differences import RECORD, WEIGHTS, save_difference, weights_hash
 from av_lens.organism import anatomy
-from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -38,18 +37,9 @@ FEW = {name: 20 if name == "conflict" else 10 for name in planting_sheets.SHEETS
 HEADS = ((1, 2), (1, 3))
 
 
-def thinker() -> Any:
-    model = build_model(thinker_config(n_layers=3), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.model.language_model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.half().float().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
 def base() -> Any:
-    return thinker()
+    return imagined_thinker().half().float().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,27 @@
-"""Features that no tower has seen: a fixed direction for every class, and noise. For tests of the training engine."""
+"""Features that no tower has seen: a fixed direction for every class, and noise; and a thinker that learned nothing.
+
+For tests of training and planting.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Generator
 
 from av_lens.lab.training.pools import FeaturePool
+from av_lens.organism.anatomy import build_model, thinker_config
+
+
+def imagined_thinker() -> Any:
+    """An untrained thinker of three layers, no two of whose weights are alike."""
+    model = build_model(thinker_config(n_layers=3), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def imagined_pool(*, per_class: int = 8, seed: int = 0) -> FeaturePool:
