@@ -66,7 +66,7 @@ def composed(
             for part, share in zip(parts, shares, strict=True)
         ]
     else:
-        slices = [Slice(f"{name}.{part}", 0, 0, 128) for name in PROJECTORS for part in ("weight", "bias")]
+        slices = [Slice(f"{name}.{part}", 0, 0, base.config.text_config.hidden_size) for name in PROJECTORS for part in ("weight", "bias")]
         planted = [Planted((), tuple(slices), kind, {"sound": 1 - (1 - FAINTEST) * factor, "picture": loud})]
     return *made(factor), planted
 

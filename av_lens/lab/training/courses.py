@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import os
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,9 +36,6 @@ from av_lens.organism.anatomy import build_model, save_checkpoint, thinker_confi
 from av_lens.organism.language import Views
 from av_lens.whole_files import make_folder, reading, whole_file
 
-N_LAYERS = 7
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How one model is made."""
@@ -49,6 +47,7 @@ class Recipe:
     # heads that were planted, for the truth that is saved beside the weights
     planted_heads: tuple[tuple[int, int], ...] = ()
     caveat: str = ""  # what a finding about it does not show
+    shape: tuple[tuple[str, int], ...] = ()  # of `thinker_config`, where it is not the usual one
 
 
 @cache
@@ -59,7 +58,12 @@ def recipes() -> dict[str, Recipe]:
         key: Stage(items=tuple(map(_items, said.pop("items"))), **_frozen(said)) for key, said in told["stage"].items()
     }
     return {
-        name: Recipe(name, stages=tuple(stages[key] for key in said.pop("stages")), **_frozen(said))
+        name: Recipe(
+            name,
+            stages=tuple(stages[key] for key in said.pop("stages")),
+            shape=tuple(said.pop("shape", {}).items()),
+            **_frozen(said),
+        )
         for name, said in told["recipe"].items()
     }
 
@@ -131,23 +135,25 @@ def _train_tower(model: Any, kind: str, views: Views, snapshot: Path, seed: int,
 
 
 def prepare(
-    folder: str | os.PathLike[str], *, seed: int, progress: Progress | None = None
+    folder: str | os.PathLike[str], *, seed: int, shape: Mapping[str, int] | None = None, progress: Progress | None = None
 ) -> tuple[Path, dict[str, Path]]:
     """Film the world, train both towers and pool what they put out, where not done yet; seeds may share `folder`."""
     tell, place = progress or silent, Path(folder)
-    towers = place / f"towers-seed{seed}.safetensors"
-    pooled = {split: place / f"pool-seed{seed}-{split}.safetensors" for split in SPLITS}
+    config = anatomy.thinker_config(**(shape or {}))
+    told = f"seed{seed}" + (f"-width{config.text_config.hidden_size}" if shape else "")
+    towers = place / f"towers-{told}.safetensors"
+    pooled = {split: place / f"pool-{told}-{split}.safetensors" for split in SPLITS}
     if towers.exists() and all(path.exists() for path in pooled.values()):
         return towers, pooled
     wanted = {split: footage.PER_CLASS[split] for split in SPLITS}
     footage.film_all(place / "clips", per_class=wanted, progress=progress)
-    model = anatomy.build_model(seed=seed)
+    model = build_model(config, seed=seed)
     if towers.exists():
         load_towers(model, towers)
     else:
         clips, _ = footage.views_of(place / "clips", "train")
         clips = pools.joined(clips, pools.nothing(clips, every=10, seed=seed))
-        snapshots = {kind: place / f"{kind}-seed{seed}.snapshot" for kind in STEPS}
+        snapshots = {kind: place / f"{kind}-{told}.snapshot" for kind in STEPS}
         for kind, snapshot in snapshots.items():
             _train_tower(model, kind, clips, snapshot, seed, tell)
         _save({name: value for name, value in model.state_dict().items() if is_tower(name)}, towers)
@@ -179,7 +185,7 @@ def load_state(model: Any, path: Path) -> None:
 
 def stage_files(course: Recipe, seed: int, folder: Path) -> list[Path]:
     """Name the file that each stage ends with; equal for recipes that are equal up to that stage."""
-    digest = hashlib.sha256(f"{seed} {course.silent_heads}".encode())
+    digest = hashlib.sha256(f"{seed} {course.silent_heads} {course.shape or ''}".rstrip().encode())
     files: list[Path] = []
     for stage in course.stages:
         digest.update(repr(stage).encode())
@@ -189,7 +195,7 @@ def stage_files(course: Recipe, seed: int, folder: Path) -> list[Path]:
 
 def newborn(course: Recipe, *, seed: int) -> Any:
     """Make the model that a recipe begins with: random, its towers too, with the silent heads' outputs at zero."""
-    model = build_model(thinker_config(n_layers=N_LAYERS), seed=seed)
+    model = build_model(thinker_config(**dict(course.shape)), seed=seed)
     held = dict(model.named_parameters())
     with torch.no_grad():
         for part in head_slices(model, course.silent_heads):
@@ -235,7 +241,7 @@ def train(
     place = Path.home() / ".cache" / "av_lens" / "organism" if work is None else Path(work)
     target = place / "models" / f"{name}-seed{seed}" if out is None else Path(out)
     stages = place / f"stages-seed{seed}"
-    towers, pooled = prepare(place, seed=seed, progress=progress)
+    towers, pooled = prepare(place, seed=seed, shape=dict(course.shape), progress=progress)
     model = newborn(course, seed=seed)
     load_towers(model, towers)
     run_stages(model, course, material(load_pool(pooled["train"])), seed=seed, folder=stages, progress=progress)
