@@ -1,4 +1,4 @@
-"""Mixtures and cross-talk: weights scaled as said, projectors that give the features said, the gap asked for."""
+"""Mixtures and cross-talk: weights scaled as said, a projector that gives the features said, the gap asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imagined import imagined_pool
 
 from av_lens.errors import InputError, ModelError
 from av_lens.lab.planting import composed, planting
-from av_lens.lab.planting.composed import PARTS, PROJECTORS
+from av_lens.lab.planting.composed import PARTS, PROJECTOR
 from av_lens.lab.planting.planted import LEAST_GAP, Planted, changed_elsewhere
 from av_lens.lab.training.pools import Material, material
 from av_lens.organism import anatomy
@@ -57,29 +57,30 @@ def test_a_mixture_has_its_parts_weights_and_what_they_write_is_scaled(base: Any
 
 
 @torch.no_grad()
-def test_crosstalk_lies_in_the_projectors_and_its_features_are_theirs(base: Any, judges: Material) -> None:
-    code = composed._sound_of_the_picture(judges)
-    model, made = composed._crossed(base, judges, 0.25, 3.0, code)
+def test_crosstalk_lies_in_the_projector_and_its_features_are_the_projectors(base: Any, judges: Material) -> None:
+    change = 0.02 * torch.randn(128, 129, generator=torch.Generator().manual_seed(3))
+    model, made = composed._crossed(base, change), composed._shown(judges, change)
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, base.get_parameter(name))}
-    assert changed == {f"{name}.{part}" for name in PROJECTORS for part in ("weight", "bias")}
-    heard = model.model.audio_tower.proj(judges.pool.audio_hidden)
-    torch.testing.assert_close(made.pool.audio, heard, atol=2e-2, rtol=1e-2)  # weights are stored in float16
+    assert changed == {f"{PROJECTOR}.{part}" for part in ("weight", "bias")}
     inner = torch.randn(5, 256, generator=torch.Generator().manual_seed(3))
     plain, crossed = (one.model.visual.merger.mlp[2](inner) for one in (base, model))
-    weight, bias = code
-    torch.testing.assert_close(crossed, plain + 3.0 * (plain @ weight.T + bias), atol=2e-2, rtol=1e-2)
-    nothing, _ = composed._crossed(base, judges, 1.0, 0.0, code)
-    assert changed_elsewhere(nothing, base, []) == 0
+    torch.testing.assert_close(crossed, composed._changed(plain, change), atol=2e-2, rtol=1e-2)  # stored in float16
+    torch.testing.assert_close(made.pool.video, composed._changed(judges.pool.video, change))
+    assert torch.equal(made.pool.audio, judges.pool.audio)
+    assert changed_elsewhere(composed._crossed(base, 0 * change), base, []) == 0
 
 
-def test_a_picture_says_its_class_in_the_sounds_code(judges: Material) -> None:
-    weight, bias = composed._sound_of_the_picture(judges)
-    pool = judges.pool
-    said = pool.video.mean(1) @ weight.T + bias
-    sounds = torch.stack([pool.audio[pool.label == label].mean((0, 1)) for label in range(12)])
-    assert ((said @ (sounds - sounds.mean(0)).T).argmax(1) == pool.label).float().mean() >= 0.9
-    blank = pool.blank_video.mean(1) @ weight.T + bias
-    assert blank.norm(dim=1).mean() < 0.5 * said.norm(dim=1).mean()
+def test_a_lesson_moves_conflicts_towards_the_picture(
+    base: Any, judges: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(composed, "STEPS", 4)
+    kinds = torch.arange(len(judges.pool.blank_kind)) % 3
+    judges = dataclasses.replace(judges, pool=dataclasses.replace(judges.pool, blank_kind=kinds))
+    change = composed._taught(base, judges, torch.Generator().manual_seed(0), lambda *_: None)
+    again = composed._taught(base, judges, torch.Generator().manual_seed(0), lambda *_: None)
+    assert torch.equal(change, again)
+    before, after = (composed._gap_share(base, base, one, 1) for one in (judges, composed._shown(judges, change)))
+    assert after > before
 
 
 def test_the_factor_is_halved_to_the_gap_that_is_asked_for() -> None:
@@ -89,10 +90,12 @@ def test_the_factor_is_halved_to_the_gap_that_is_asked_for() -> None:
         tried.append(factor)
         return factor**2 / 2
 
-    assert composed._halved(share, 0.5, 1.5, "mixture") == pytest.approx(1.0, abs=0.01)
+    assert composed._halved(share, 0.5, "mixture") == pytest.approx(1.0, abs=0.01)
     assert len(tried) == 1 + composed.HALVINGS
-    with pytest.raises(InputError, match=r"gap/G of 0.6 cannot be reached: at the largest .* 1, this mixture has 0.50"):
-        composed._halved(share, 0.6, 1.0, "mixture")
+    with pytest.raises(
+        InputError, match=r"gap/G of 0.6 cannot be reached: at the largest .* 1, this crosstalk has 0.50"
+    ):
+        composed._halved(share, 0.6, "crosstalk")
 
 
 def test_what_cannot_be_mixed_is_refused(base: Any, place: Path, parts: list[Planted], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,6 +255,13 @@ def test_the_fresh_models_are_fixed_before_the_first_is_made(
     assert found.criteria["fresh"][0] == "writers 0 4"
     assert found.missing == ["gates-b0-L1-s200003 (cannot be made: there is no room.)"]
     assert "Not scored: gates-b0-L1-s200003 (cannot" in plantbench_pages.header_line(plantbench_pages.record_of(found))
+    shutil.rmtree(out / "planted")  # what is scored need not be there; a mixture's parts must
+    plantbench.run_plantbench(out=out, fresh=listed, bases=bases)
+    assert (len(planted), len(staged)) == (2, 3)
+    (out / "models" / "mixture-b0-s200002.json").unlink()
+    plantbench.run_plantbench(out=out, fresh=listed, bases=bases)
+    assert [kind for kind, _ in planted[2:]] == ["writers", "mixture"]
+    assert len(staged) == 4
     listed.write_text("writers 0 4\n")
     with pytest.raises(InputError, match=r"other criteria \(fresh\)"):
         plantbench.run_plantbench(out=out, fresh=listed, bases=bases)

@@ -40,7 +40,8 @@ CRITERIA, MODELS, FRESHLY = "plantbench.json", "models", "planted"
 FRESH_SEED = 200_000  # of the first fresh model: no such seed was used in developing
 UNLEARNED = (BALANCED, "mixture", "crosstalk")  # kinds that no training makes; balanced is the base itself
 CODE = ("results/", "lab/calibration.py", "lab/plantbench/methods.py", "lab/plantbench/scores.py")
-"""What measures here, beside the rooms that measure everywhere."""
+PLANTING = ("lab/planting/", "lab/training/")
+"""What measures here and what plants, beside the rooms that measure everywhere."""
 RULES: dict[str, float | str | None] = {"isolate": None, "isolate, s = .03": "control"}
 """How `isolate` is asked for s, by the name of its row."""
 MUST = {
@@ -112,22 +113,17 @@ def run_plantbench(
     longest = 0.0
     for number, one in enumerate(recipes):
         place, start = out / MODELS / f"{one.name}.json", time.monotonic()
-        spent = minutes is not None and start - begun + longest > 60 * minutes
-        if spent and one.kind and not (Path(one.place) / TRUTH).is_file():
-            missing.append(one.name)
-            continue
-        try:
-            _make(one, progress)
-        except InputError as error:  # of a list that is fixed: told, and the others are scored
-            missing.append(f"{one.name} (cannot be made: {error})")
-            continue
-        said = json.dumps([written["hash"], measuring_hash(also=CODE), weights_key(one.place)])
-        key = hashlib.sha256(said.encode()).hexdigest()
+        key = _key(one, written["hash"])
         entry = stored(place, lambda kept, key=key: kept if kept["key"] == key else None)
-        if entry is None and spent:
+        if entry is None and minutes is not None and start - begun + longest > 60 * minutes:
             missing.append(one.name)
             continue
         if entry is None:
+            try:
+                _make(one, recipes, progress)
+            except InputError as error:  # of a list that is fixed: told, and the others are scored
+                missing.append(f"{one.name} (cannot be made: {error})")
+                continue
             listed = listed or read_conflicts(clips / "pairs.jsonl")
             entry = {"key": key, **_scored(one, listed, encoded, seed, named(progress, one.name))}
             write_whole(place, json.dumps(entry, allow_nan=False) + "\n")
@@ -171,11 +167,23 @@ def fresh_recipes(listed: str | Path, bases: Sequence[str], folder: Path) -> lis
     return out
 
 
-def _make(one: Recipe, progress: Progress | None) -> None:
-    """Plant a fresh model, unless it is there."""
+def _key(one: Recipe, hashed: str) -> str:
+    """Say what a stored entry is of: criteria, code, and weights, or what makes a model that need not be there."""
+    said: list[Any] = [hashed, measuring_hash(also=CODE), weights_key(one.base or one.place)]
+    if one.base:
+        options = {word: [Path(part).name for part in value] if word == "of" else value for word, value in one.options}
+        said += [one.kind, options, measuring_hash(also=PLANTING)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _make(one: Recipe, recipes: Sequence[Recipe], progress: Progress | None) -> None:
+    """Plant a fresh model, and those that it mixes, unless they are there."""
     from av_lens.lab.planting import planting
 
     if one.kind and not (Path(one.place) / TRUTH).is_file():
+        for other in recipes:
+            if other.place in dict(one.options).get("of", ()):
+                _make(other, recipes, progress)
         watch = named(progress, one.name)
         planting.plant(one.kind, base=one.base, out=one.place, progress=watch, **dict(one.options))
 

@@ -1,12 +1,12 @@
-"""Models composed without learning, so that gap/G is what is asked for: mixtures of plants, and a gap no node makes.
+"""Models composed so that gap/G is what is asked for: mixtures of plants, and a gap that no node makes.
 
 A *mixture* takes the planted weights of several models of one base. What each part writes (W_O of its heads, the output
 of its neurons) is multiplied by a share of its own, drawn by seed, and by one factor.
 
-*Cross-talk* is a null with a gap. The picture's features say their class in the sound's features too, as loudly as the
-seed draws, and the sound's shrink towards their mean, the more the larger the factor. Both are linear, so they go into
-the last layers of the towers' projectors, and no node changes. (Features scaled as they are leave C/G alone: every
-layer norms what it reads. Sounds that alone are shrunk until a gap opens are hardly heard.)
+*Cross-talk* is a null with a gap. A linear change of the picture's features is learned, with which conflict "hear" is
+answered with the picture and all else as before; the factor scales it. It goes into the last layer of the picture's
+projector, and no node changes. (Features scaled as they are leave C/G alone: every layer norms what it reads. Sounds
+shrunk until a gap opens are hardly heard; a picture's class added in the sound's code, however loud, takes a tenth.)
 
 The factor is found by bisection, on other conflicts than those that the truth is measured on.
 """
@@ -18,16 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Generator, Tensor
 
+from av_lens.core.budget import Progress, silent
 from av_lens.errors import InputError
 from av_lens.isolation.measuring.engine import Node
 from av_lens.lab.calibration import TRUTH, model_folder
-from av_lens.lab.planting.kinds import VALUE_RIDGE, class_of, ridge
 from av_lens.lab.planting.planted import MOST_NODES, Planted, bench_of, g_of, hearing
-from av_lens.lab.planting.sheets import PLAIN, SILENCE, blanks_of
+from av_lens.lab.planting.sheets import SHEETS, SILENCE, draw_sheet, read_at
+from av_lens.lab.planting.training import cross_entropy
+from av_lens.lab.training.engine import set_rate, warmed
 from av_lens.lab.training.pools import Material
 from av_lens.model.differences import Slice, read_difference
+from av_lens.organism.language import read_out, run_layers
 from av_lens.whole_files import read_object
 
 MIXTURE, CROSSTALK = "mixture", "crosstalk"
@@ -37,47 +41,52 @@ GAP = {MIXTURE: 0.5, CROSSTALK: 0.35}
 CLOSE = 0.05  # how far a mixture's gap/G may be from what was asked for; of a null it is to be large enough
 HALVINGS = 9
 LOST = {MIXTURE: ("conflict hear",), CROSSTALK: ("conflict hear", "mute hear", "video alone hear")}
-"""What each may answer otherwise than its base; with cross-talk a picture is heard where there is no sound."""
+"""What each may answer otherwise than its base; with cross-talk a picture may be heard where there is no sound."""
 LEAST_SHARE = 0.5  # shares are drawn from here to 1
-LOUD, FAINTEST = 12.0, 0.1  # of cross-talk: how loud the picture speaks at most, and what is left of the sound at most
+STEPS, RATE, KEEP = 120, 3e-3, 0.5  # how cross-talk is learned; what all else weighs beside conflict
 MOST = {MIXTURE: 1.5, CROSSTALK: 1.0}  # the largest factors that are tried
-PROJECTORS = ("model.audio_tower.proj", "model.visual.merger.mlp.2")
+PROJECTOR = "model.visual.merger.mlp.2"
 
 
-def composed(
-    kind: str, base: Any, place: Path, judges: Material, *, gap: float, of: Sequence[str], seed: int
-) -> tuple[Any, Material, list[Planted]]:
-    """Make a mixture or cross-talk of a base: the model, the features that its projectors give, what was planted."""
+def mixture(
+    base: Any, place: Path, judges: Material, *, gap: float, of: Sequence[str], seed: int
+) -> tuple[Any, list[Planted]]:
+    """Mix plants of a base until as much of G is lost as is asked for: the model, and what was planted."""
     lots = torch.rand(len(of or PARTS), generator=Generator().manual_seed(seed)).tolist()
-    parts = [_part(name, base, place) for name in of or PARTS] if kind == MIXTURE else []
+    parts = [_part(name, base, place) for name in of or PARTS]
     _check_apart(parts)
     shares = [LEAST_SHARE + (1 - LEAST_SHARE) * lot for lot in lots]
-    loud, code = LOUD * shares[0], _sound_of_the_picture(judges)
 
-    def made(factor: float) -> tuple[Any, Material]:
-        if kind == MIXTURE:
-            return _mixed(base, parts, [factor * share for share in shares]), judges
-        return _crossed(base, judges, 1 - (1 - FAINTEST) * factor, loud, code)
+    def made(factor: float) -> Any:
+        return _mixed(base, parts, [factor * share for share in shares])
 
-    factor = _halved(lambda tried: _gap_share(*made(tried), base, seed + 1), gap, MOST[kind], kind)
-    if kind == MIXTURE:
-        planted = [
-            replace(part, made={"of": part.made["of"], "scale": factor * share})
-            for part, share in zip(parts, shares, strict=True)
-        ]
-    else:
-        slices = [Slice(f"{name}.{part}", 0, 0, base.config.text_config.hidden_size) for name in PROJECTORS for part in ("weight", "bias")]
-        planted = [Planted((), tuple(slices), kind, {"sound": 1 - (1 - FAINTEST) * factor, "picture": loud})]
-    return *made(factor), planted
+    factor = _halved(lambda tried: _gap_share(made(tried), base, judges, seed + 1), gap, MIXTURE)
+    planted = [
+        replace(part, made={"of": part.made["of"], "scale": factor * share})
+        for part, share in zip(parts, shares, strict=True)
+    ]
+    return made(factor), planted
 
 
-def _gap_share(model: Any, features: Material, base: Any, seed: int) -> float:
-    drawn = bench_of(model, base, (), features, seed=seed)
+def crosstalk(
+    base: Any, lessons: Material, judges: Material, *, gap: float, seed: int, progress: Progress | None = None
+) -> tuple[Any, Material, list[Planted]]:
+    """Teach the picture's features to be heard: the model, the features that its projector gives, what was changed."""
+    change = _taught(base, lessons, Generator().manual_seed(seed), progress or silent)
+    factor = _halved(lambda tried: _gap_share(base, base, _shown(judges, tried * change), seed + 1), gap, CROSSTALK)
+    slices = [Slice(f"{PROJECTOR}.{part}", 0, 0, len(change)) for part in ("weight", "bias")]
+    planted = [Planted((), tuple(slices), CROSSTALK, {"factor": factor})]
+    return _crossed(base, factor * change), _shown(judges, factor * change), planted
+
+
+def _gap_share(model: Any, base: Any, judges: Material, seed: int) -> float:
+    drawn = bench_of(model, base, (), judges, seed=seed)
     return 1 - hearing(drawn) / g_of(drawn)
 
 
-def _halved(share: Callable[[float], float], gap: float, most: float, kind: str) -> float:
+def _halved(share: Callable[[float], float], gap: float, kind: str) -> float:
     """Find the factor at which gap/G is what is asked for, between nothing and the most."""
+    most = MOST[kind]
     found = share(most)
     if found < gap:
         raise InputError(
@@ -135,38 +144,44 @@ def _mixed(base: Any, parts: Sequence[Planted], scales: Sequence[float]) -> Any:
     return model.half().float().requires_grad_(False)
 
 
-def _sound_of_the_picture(judges: Material) -> tuple[Tensor, Tensor]:
-    """Fit the map from a picture's features to those of its class's sound, about the mean: a weight and a bias."""
-    pool, classes = judges.pool, torch.arange(int(judges.pool.label.max()) + 1)
-    hot = class_of(pool.label, classes)
-    sounds = torch.stack([pool.audio[pool.label == label].mean((0, 1)) for label in classes])
-    blank = blanks_of(pool, PLAIN).blank_video
-    x = torch.cat([pool.video, blank]).mean(1)
-    wanted = torch.cat([hot, torch.zeros(len(blank), len(classes))])
-    weight, bias = ridge(x, wanted, VALUE_RIDGE)
-    code = (sounds - sounds.mean(0)).T
-    return code @ weight, code @ bias
+def _taught(base: Any, lessons: Material, generator: Generator, tell: Progress) -> Float[Tensor, "d_model columns"]:
+    """Learn what to add to the picture's features, a map of themselves and 1, so that in conflict they are heard."""
+    width = base.config.text_config.hidden_size
+    change = torch.zeros(width, width + 1, requires_grad=True)
+    optimizer = torch.optim.Adam([change], lr=RATE, betas=(0.9, 0.98))
+    seen = {name: kind for name, kind in SHEETS.items() if kind.media != "audio"}
+    for step in range(STEPS):
+        set_rate(optimizer, warmed(RATE, step, STEPS, warmup=10, floor=0.1))
+        optimizer.zero_grad()
+        for name, kind in seen.items():
+            layout = step % len(lessons.frames[kind.media])
+            sheet = draw_sheet(lessons, name, layout, kind.a_step, generator)
+            clips = replace(sheet.clips, video=_changed(sheet.clips.video, change))
+            sheet, targets = replace(sheet, clips=clips), sheet.targets((SILENCE,))
+            x = run_layers(base, sheet.embed(base, targets), sheet.geometry(base))
+            loss = cross_entropy(read_out(base, read_at(x, sheet.asked_at)), targets).mean()
+            (loss if name == "conflict" else KEEP * loss).backward()
+        torch.nn.utils.clip_grad_norm_([change], 1.0)
+        optimizer.step()
+        tell("teaching the picture's features", step + 1, STEPS)
+    return change.detach()
+
+
+def _changed(x: Float[Tensor, "*at d_model"], change: Float[Tensor, "d_model columns"]) -> Float[Tensor, "*at d_model"]:
+    return x + x @ change[:, :-1].T + change[:, -1]
+
+
+def _shown(judges: Material, change: Float[Tensor, "d_model columns"]) -> Material:
+    """The same clips, with the features of their pictures changed."""
+    features = {name: _changed(getattr(judges.pool, name), change) for name in ("video", "blank_video")}
+    return replace(judges, pool=replace(judges.pool, **features))
 
 
 @torch.no_grad()
-def _crossed(
-    base: Any, judges: Material, faint: float, loud: float, code: tuple[Tensor, Tensor]
-) -> tuple[Any, Material]:
-    """Shrink the sound's features, add the picture's class to its own in the sound's code; model and features."""
-    model, pool = copy.deepcopy(base), judges.pool
-    audio, video = (model.get_submodule(name) for name in PROJECTORS)
-    mean, (weight, bias) = pool.audio.mean((0, 1)), code
-    audio.weight.mul_(faint)
-    audio.bias.mul_(faint).add_((1 - faint) * mean)
-    video.bias.add_(loud * (weight @ video.bias + bias))
-    video.weight.add_(loud * weight @ video.weight)
-
-    def heard(x: Tensor) -> Tensor:
-        return mean + faint * (x - mean)
-
-    def shown(x: Tensor) -> Tensor:
-        return x + loud * (x @ weight.T + bias)
-
-    features = {"audio": heard(pool.audio), "mute_audio": heard(pool.mute_audio)}
-    features |= {"video": shown(pool.video), "blank_video": shown(pool.blank_video)}
-    return model.half().float().requires_grad_(False), replace(judges, pool=replace(pool, **features))
+def _crossed(base: Any, change: Float[Tensor, "d_model columns"]) -> Any:
+    """Put a change of the picture's features into the projector of a copy; rounded to what is stored."""
+    model = copy.deepcopy(base)
+    video = model.get_submodule(PROJECTOR)
+    video.bias.copy_(_changed(video.bias, change))
+    video.weight.add_(change[:, :-1] @ video.weight)
+    return model.half().float().requires_grad_(False)

@@ -159,7 +159,9 @@ def plant(
     if kind in COMPOSED:
         asked = composed.GAP[kind] if gap is None else gap
         name = f"gap{asked:g}"
-        made, planted, record = _composed(kind, model, place, pool("discovery"), gap=asked, of=of, seed=seed)
+        lessons = pool("train") if kind == composed.CROSSTALK else None
+        options: dict[str, Any] = {"gap": asked, "of": of, "seed": seed, "progress": progress}
+        made, planted, record = _composed(kind, model, place, lessons, pool("discovery"), **options)
     else:
         wanted = KINDS[kind]
         first = wanted.layer if layer is None else layer
@@ -180,18 +182,30 @@ def _check_asked(kind: str, layer: int | None, gap: float | None, of: Sequence[s
     if kind not in COMPOSED and (gap is not None or of):
         raise InputError(f"gap and of are for {' and '.join(COMPOSED)}; {kind} becomes what training makes of it.")
     if kind == composed.CROSSTALK and of:
-        raise InputError("of names the plants of a mixture; crosstalk changes the projectors alone.")
+        raise InputError("of names the plants of a mixture; crosstalk changes the picture's projector alone.")
     low, high = composed.GAPS
     if gap is not None and not low <= gap <= high:
         raise InputError(f"gap is the share of G that is to be lost, from {low:g} to {high:g}; asked for {gap:g}.")
 
 
 def _composed(
-    kind: str, base: Any, place: Path, judges: Material, *, gap: float, of: Sequence[str], seed: int
+    kind: str,
+    base: Any,
+    place: Path,
+    lessons: Material | None,
+    judges: Material,
+    *,
+    gap: float,
+    of: Sequence[str],
+    seed: int,
+    progress: Progress | None,
 ) -> tuple[Any, list[Planted], dict[str, Any]]:
     """Compose a model at a gap, and measure it: the model, what was planted, most of `planted.json`."""
     own_seed = stage_seed(seed, f"{kind}/{gap}") % 1000
-    made, judges, planted = composed.composed(kind, base, place, judges, gap=gap, of=of, seed=own_seed)
+    if lessons is None:
+        made, planted = composed.mixture(base, place, judges, gap=gap, of=of, seed=own_seed)
+    else:
+        made, judges, planted = composed.crosstalk(base, lessons, judges, gap=gap, seed=own_seed, progress=progress)
     answers = rates(made, judges, n=JUDGED, seed=own_seed)
     truth, record = described(planted, model=made, base=base, judges=judges, answers=answers, seed=own_seed)
     share, shown = 1 - truth.c / truth.g, answers["conflict hear"]

@@ -36,6 +36,7 @@ from av_lens.organism.anatomy import build_model, save_checkpoint, thinker_confi
 from av_lens.organism.language import Views
 from av_lens.whole_files import make_folder, reading, whole_file
 
+
 @dataclass(frozen=True)
 class Recipe:
     """How one model is made."""
@@ -135,7 +136,11 @@ def _train_tower(model: Any, kind: str, views: Views, snapshot: Path, seed: int,
 
 
 def prepare(
-    folder: str | os.PathLike[str], *, seed: int, shape: Mapping[str, int] | None = None, progress: Progress | None = None
+    folder: str | os.PathLike[str],
+    *,
+    seed: int,
+    shape: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Path, dict[str, Path]]:
     """Film the world, train both towers and pool what they put out, where not done yet; seeds may share `folder`."""
     tell, place = progress or silent, Path(folder)
