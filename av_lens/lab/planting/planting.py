@@ -241,9 +241,9 @@ def _learned(
         lacks = missing(wanted, truth, [part.nodes for part in planted if part.behaviour == SILENCE])
         kinds = {"kinds": list(truth.kinds), "missing": lacks}
         tries.append({"heads": [list(node) for node in nodes], **shares, **kinds})
-        succeeded, right = shown >= wanted.shown and stayed >= KEPT, not lacks
+        succeeded, right = shown >= wanted.shown and stayed >= wanted.kept, not lacks
         record |= {"missing": lacks, "success": succeeded, **shares, "tries": tries}
-        found.append(((succeeded, right, min(shown - wanted.shown, stayed - KEPT)), made, planted, record))
+        found.append(((succeeded, right, min(shown - wanted.shown, stayed - wanted.kept)), made, planted, record))
         if succeeded and right:
             break
     _, made, planted, record = max(found, key=lambda one: one[0])
