@@ -273,7 +273,7 @@ def _handing(stop: str, logits: float = 18.0) -> Kind:
     makes, reads = Start(picture=1.0, stop=stop, makes=True), Start(picture=1.0, stop=stop, logits=logits)
     plants = (Plant(2, makes, Course(SILENCE, steps=0)), Plant(2, reads, _HANDED, apart=4))
     name = {"question": "relay"}.get(stop, stop)
-    # What is handed on lies where the picture is read too, which costs up to a tenth of what is seen (six courses were tried).
+    # What is handed on lies where the picture is read too: it costs up to a tenth of what is seen (six courses tried).
     return Kind(name, ("writer", "gate"), plants, 1, free_riders=False, shown=0.0, kept=0.9)
 
 
