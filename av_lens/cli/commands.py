@@ -19,7 +19,6 @@ _COMPARE = signature("isolation.running.comparing", "compare")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
 _DESIGN = signature("inputs.designs", "design_conflicts")
-_TRAIN = signature("lab.training.courses", "train")
 _PLANT = signature("lab.planting.planting", "plant")
 _GENERATE = signature("model.wrapper", "HookedAVLLM.generate")
 _CHECK = signature("lab.guarantees", "check")
@@ -38,6 +37,8 @@ Limit = Annotated[int | None, Option(help="Use only the first so many conflicts 
 Budget = Annotated[float | None, Option(help="Stop after so many minutes; the same command goes on from there.")]
 Quick = Annotated[bool, Option("--quick", help="Leave out robustness, and pairs where half of the gap is explained.")]
 Captions = Annotated[bool, Option("--captions", help="Also write captions with the heads edited.")]
+Workers = Annotated[int, Option(help="How many processes of this machine share the work.")]
+Join = Annotated[bool, Option("--join", help="Share the work of a run that goes on in the folder, or begin it.")]
 Share = Annotated[float | None, Option(help="Name heads above this share of G; left out: the protocol's.")]
 Media = Annotated[Path, Argument(help="Any video, sound or image.")]
 Question = Annotated[str, Option(help="What the model is asked.")]
@@ -46,10 +47,7 @@ Picture = Annotated[str, Option(help="auto, video, image or none.")]
 Rate = Annotated[float, Option(help="Frames per second that the model is shown.")]
 Start = Annotated[float, Option(help="Where in the file to begin, in seconds.")]
 End = Annotated[float | None, Option(help="Where in the file to stop, in seconds.")]
-Organism = Annotated[str, Argument(help="Which organism: `av-lens models` lists them.")]
-TrainSeed = Annotated[int, Option(help="Draws the initial weights and the data.")]
 PlantBase = Annotated[str, Option(help="The balanced model to plant in: a short name or a folder from `train`.")]
-TrainOut = Annotated[Path | None, Option(help="The checkpoint's folder; left out: in the user's cache.")]
 
 
 PlanFile = Annotated[Path | None, Option(help="A saved plan of edits to answer under (`plan.save` writes one).")]
@@ -95,13 +93,16 @@ def isolate(
     seed: Seed = _ISOLATE["seed"],
     protocol: Annotated[str, Option(help="Edition: 2, or 1 for the first one's figures.")] = _ISOLATE["protocol"],
     suppressed: Annotated[str, Option(help="sound, or picture for the mirrored question.")] = _ISOLATE["suppressed"],
+    workers: Workers = _ISOLATE["workers"],
+    join: Join = _ISOLATE["join"],
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Find the heads of MODEL that keep the sound of the conflicts in PAIRS from being said.
 
     What is finished is kept in the folder: a command that was killed, interrupted or stopped at its budget (exit code
-    3) goes on from there when it is given again.
+    3) goes on from there when it is given again. With --join any number of workers, on any machines that see the
+    folder, share one run; `av-lens status` says who does what.
     """
     named = tuple(one.strip() for one in sites.split(",") if one.strip())
     lines, *_ = faults.all_told(
@@ -118,6 +119,7 @@ def isolate(
     loaded = _load(model, device=device, dtype=dtype)
     options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed, "sites": named, "quick": quick}
     options |= {"captions": captions, "protocol": protocol, "suppressed": suppressed}
+    options |= {"workers": workers, "join": join}
     with console.bars() as bars:
         found, report = isolate_into(
             out, loaded, listed, name=model, limit=limit, budget=budget, progress=bars, told=console.say, **options
@@ -313,15 +315,6 @@ def models() -> None:
     rows = [(name, fits, proved.get(name, "not proved here: av-lens check MODEL")) for name, fits in faults.families()]
     console.OUT.print(console.table(["class", "known to fit", "proved on a tiny checkpoint"], rows))
     console.OUT.print('\nIn Python: avl.load("NAME"); here: av-lens inspect NAME CLIP --question "What do you hear?"')
-
-
-def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRAIN["out"]) -> None:
-    """Train an organism from a seed; interrupted, the same command goes on where it stopped."""
-    from av_lens.lab.training.courses import train as train_organism
-
-    with console.bars() as bars:
-        written = train_organism(name, seed=seed, out=out, progress=bars)
-    console.say_path(written)
 
 
 def plant(

@@ -1,4 +1,4 @@
-"""The command line: `av-lens demo | pairs | isolate | compare | inspect | generate | check | models | train | plant`.
+"""The command line: `av-lens demo | pairs | isolate | status | compare | inspect | generate | check | train | plant`.
 
 What av_lens or the system refuses is one message, with exit code 2 and no traceback (`--debug` shows it). Work that
 stopped at its budget, at a full disk or at a clip that is gone exits with 3, by a signal with 128 and its number (130
@@ -108,13 +108,14 @@ _WORK = (
     commands.demo,
     commands.pairs,
     commands.isolate,
+    studies.status,
     commands.compare,
     commands.inspect,
     commands.generate,
     commands.check,
 )
 _STUDIES = (studies.bench, studies.plantbench, studies.seeds, studies.true_shapes, studies.type_one)
-for command in (*_WORK, commands.models, commands.train, commands.plant, *_STUDIES):
+for command in (*_WORK, commands.models, studies.train, commands.plant, *_STUDIES):
     app.command()(command)
 for method in toolbox.METHODS:
     app.command(method.command, rich_help_panel="Methods")(toolbox.command_of(method))

@@ -10,11 +10,16 @@ from av_lens.cli.commands import Media, Out, Quick, Seed
 from av_lens.cli.faults import signature
 from av_lens.whole_files import write_whole
 
+_TRAIN = signature("lab.training.courses", "train")
 _BENCH = signature("lab.replay_benchmark.benchmark", "run_benchmark")
 _PLANTS = signature("lab.plantbench.bench", "run_plantbench")
 _SHAPES = signature("lab.true_shapes", "run_at_true_shapes")
 _SEEDS = signature("lab.seeds", "run_seeds")
 _TYPE_ONE = signature("lab.type_one", "run_type_one")
+
+Organism = Annotated[str, Argument(help="Which organism: `av-lens models` lists them.")]
+TrainSeed = Annotated[int, Option(help="Draws the initial weights and the data.")]
+TrainOut = Annotated[Path | None, Option(help="The checkpoint's folder; left out: in the user's cache.")]
 
 Shapes = Annotated[list[str] | None, Option("--shape", help="Measure this one only; may be given several times.")]
 Threads = Annotated[int, Option(help="Threads of PyTorch.")]
@@ -30,6 +35,22 @@ PlantsFresh = Annotated[Path | None, Option(help="Also plant and score the model
 PlantsBases = Annotated[list[str], Option("--base", help="A balanced model, 0 in the list; again for 1, 2, ...")]
 SeedsOut = Annotated[Path, Option(help="The folder to write; what it holds is not measured again.")]
 SeedsNumber = Annotated[int, Option(help="How many conflicts in each of the two sets; 120 for a verdict.")]
+
+
+def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRAIN["out"]) -> None:
+    """Train an organism from a seed; interrupted, the same command goes on where it stopped."""
+    from av_lens.lab.training.courses import train as train_organism
+
+    with console.bars() as bars:
+        written = train_organism(name, seed=seed, out=out, progress=bars)
+    console.say_path(written)
+
+
+def status(folder: Annotated[Path, Argument(help="The folder of a run of `isolate`.")]) -> None:
+    """Say how far a run is, and who works on it."""
+    from av_lens.isolation.running.durable import standing
+
+    console.say(standing(folder))
 
 
 def bench(

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from av_lens import __version__
 from av_lens.core.budget import Progress, named
 from av_lens.errors import InputError
@@ -66,6 +68,7 @@ def _loaded(clip: Any) -> Clip:
 
 SUBJECT = "av-tiny"
 PLANTED = "av-tiny-planted"
+MOST_WORKERS = 4
 GROWING = "The run goes on, and this page grows: open it again later."
 
 
@@ -86,14 +89,18 @@ def run_demo(
     seed: int = 0,
     calibrate_on: int = 48,
     quick: bool = True,
+    workers: int | None = None,
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Demonstration:
     """Isolate the suppressors of av-tiny, calibrate on planted heads, and write the report, which grows meanwhile.
 
+    `workers` are as many as there are threads (torch's), at most `MOST_WORKERS`: one thread each is best for a model so
+    small.
+
     `told` is called with the verdict as soon as the behaviour is known, and once heads are confirmed.
     """
-    out = Path(out)
+    out, workers = Path(out), min(MOST_WORKERS, torch.get_num_threads()) if workers is None else workers
     settings = {"conflicts": conflicts, "calibrate_on": calibrate_on, "seed": seed, "quick": quick}
     weights = {name: weights_key(name) for name in (SUBJECT, PLANTED)}  # new ones are never given old numbers
     parts = Parts(out, {**settings, "version": __version__, "weights": weights})
@@ -101,7 +108,8 @@ def run_demo(
 
     def isolated(folder: Path, *, name: str, first: int, **options: Any) -> None:
         listed = read_conflicts(clips / "pairs.jsonl")[:first]
-        isolate(load(name), listed, progress=named(progress, name), seed=seed, **options).save(folder)
+        options |= {"seed": seed, "workers": workers, "progress": named(progress, name)}
+        isolate(load(name), listed, **options).save(folder)
 
     def page(found: Isolation, **options: Any) -> Path:
         playable = {str(name): clips / conflict_file(str(name)) for name in found.conflicts["id"]}

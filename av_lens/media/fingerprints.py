@@ -53,7 +53,10 @@ def fingerprint(path: str, sha256: str) -> tuple[str | None, str | None]:
 @lru_cache(maxsize=1 << 14)
 def _decoded(path: str, sha256: str) -> tuple[str | None, str | None]:
     del sha256  # part of the cache's key
+    from av.video.reformatter import VideoReformatter
+
     sound, picture = _Stream(), _Stream()
+    reformatter = VideoReformatter()  # kept, and of one thread: else each frame starts a pool of threads
     with arrays.opened(path) as container:
         moving, heard = header.choose_streams(path, container)
         streams = [stream for stream in (moving, heard) if stream is not None]
@@ -68,7 +71,11 @@ def _decoded(path: str, sha256: str) -> tuple[str | None, str | None]:
                     if at - starts.setdefault(packet.stream.index, at) >= SECONDS:
                         done.add(packet.stream.index)
                         break
-                    _add(frame, picture if packet.stream is moving else sound, packet.stream is moving)
+                    if packet.stream is moving:
+                        grey = reformatter.reformat(frame, format="gray", threads=1).to_ndarray()
+                        picture.add(grey, FLAT_PICTURE, STILL)
+                    else:
+                        _add(frame, sound)
                 if len(done) == len(streams):
                     break
         except arrays.foreign_errors():
@@ -76,13 +83,10 @@ def _decoded(path: str, sha256: str) -> tuple[str | None, str | None]:
     return sound.hash(), picture.hash()
 
 
-def _add(frame: Any, stream: _Stream, moving: bool) -> None:
-    if moving:
-        stream.add(frame.to_ndarray(format="gray"), FLAT_PICTURE, STILL)
-        return
+def _add(frame: Any, sound: _Stream) -> None:
     samples = frame.to_ndarray()
     scale = 1.0 if samples.dtype.kind == "f" else float(np.iinfo(samples.dtype).max)
-    stream.add(samples, FLAT_SOUND * scale, 0.0)
+    sound.add(samples, FLAT_SOUND * scale, 0.0)
 
 
 def says_nothing(clip: Any, kind: str) -> bool:

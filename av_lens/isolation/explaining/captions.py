@@ -14,7 +14,7 @@ from av_lens.errors import InputError
 from av_lens.inputs.answers import words_of
 from av_lens.interventions import Plan, cut, zero
 from av_lens.isolation.explaining.knowledge import Known
-from av_lens.isolation.measuring.bench import DESCRIBE, Bench, Chunk
+from av_lens.isolation.measuring.bench import DESCRIBE, Bench, Chunk, shared_out
 from av_lens.isolation.measuring.effects import trace_of
 from av_lens.isolation.measuring.engine import Node, site_of
 from av_lens.isolation.measuring.halves import columns
@@ -72,10 +72,16 @@ def caption_tables(known: Known) -> tuple[dict[str, list[dict[str, Any]]], dict[
     lexicon = answers_lexicon(known.bench)
     depends = {"arms": [vars(arm) for arm in arms], "words": lexicon.words, "tokens": NEW_TOKENS}
     said = np.full((len(arms), len(half.examples), len(CELLS)), "", dtype=object)
-    for number, chunk in enumerate(chunks):
+    done = 0
+
+    def write(chunk: Chunk) -> None:
+        nonlocal done
         made = chunk.remember("captions", depends, partial(_written, chunk, arms))
         said[:, chunk.rows(half.examples)] = made["text"]
-        known.bench.progress("captions", number + 1, len(chunks))
+        done += 1
+        known.bench.progress("captions", done, len(chunks))
+
+    shared_out(chunks, write)
     found, one_word = _named(said, known, lexicon), _one_word(known, arms)
     rows = [_row(arm, found[:, i], found[0, 0], known) | {"one_word": float(one_word[i])} for i, arm in enumerate(arms)]
     ids = [known.bench.conflicts[int(i)].id for i in half.examples]

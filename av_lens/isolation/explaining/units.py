@@ -22,7 +22,7 @@ from torch import Tensor
 from av_lens.errors import InputError
 from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.isolation.explaining.knowledge import Known
-from av_lens.isolation.measuring.bench import Bench, Chunk, gathered, in_order
+from av_lens.isolation.measuring.bench import Bench, Chunk, gathered, in_order, shared_out
 from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node, Recording, part_of, site_of
 from av_lens.isolation.measuring.halves import Half
@@ -49,8 +49,12 @@ def repair_values(chunks: Sequence[Chunk], members: Sequence[Node], donor: str) 
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     depends = {"members": list(members), "donor": donor}
-    for chunk in chunks:
-        for key, value in chunk.remember("repair values", depends, partial(_by_role, chunk, members, donor)).items():
+
+    def measure(chunk: Chunk) -> dict[str, np.ndarray]:
+        return chunk.remember("repair values", depends, partial(_by_role, chunk, members, donor))
+
+    for found in shared_out(chunks, measure):
+        for key, value in found.items():
             sums[key] = sums.get(key, 0.0) + value.sum(0)
             counts[key] = counts.get(key, 0) + len(value)
     return {f"{_KEY}/{donor}/{key}": (total / counts[key]).astype(np.float32) for key, total in sums.items()}

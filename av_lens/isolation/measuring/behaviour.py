@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from av_lens.errors import InputError
 from av_lens.inputs.answers import Answer, answer_pair, words_of
-from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.bench import Chunk, shared_out
 from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.halves import Half
@@ -165,16 +165,20 @@ class Survey:
 
 def survey(chunks: Sequence[Chunk], n: int) -> Survey:
     """Read every cell of every conflict."""
-    parts: dict[tuple[str, str], list[CellReading]] = {key: [] for key in RIGHT}
     done = 0
-    for chunk in chunks:
-        for key, read in parts.items():
-            read.append(chunk.reading(*key))
-            done += len(chunk.examples)
-            chunk.bench.progress("reading every cell", done, len(RIGHT) * n)
+
+    def read(chunk: Chunk) -> dict[tuple[str, str], CellReading]:
+        nonlocal done
+        found = {key: chunk.reading(*key) for key in RIGHT}
+        done += len(RIGHT) * len(chunk.examples)
+        chunk.bench.progress("reading every cell", done, len(RIGHT) * n)
         chunk.forget()
+        return found
+
+    parts = shared_out(chunks, read)
     order = np.argsort(np.concatenate([chunk.examples for chunk in chunks]))
-    return Survey({key: CellReading.joined(read, order) for key, read in parts.items()}, chunks[0].bench.candidates)
+    joined = {key: CellReading.joined([part[key] for part in parts], order) for key in RIGHT}
+    return Survey(joined, chunks[0].bench.candidates)
 
 
 def shortcut_index(e_a: np.ndarray, e_v: np.ndarray) -> np.ndarray:

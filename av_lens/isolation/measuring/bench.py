@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.model_inputs import shared
 from av_lens.interventions import Plan
 from av_lens.isolation.measuring.cells import Cells
+from av_lens.isolation.measuring.crew import Elsewhere
 from av_lens.isolation.measuring.donors import Means, align_end, equal_ending
 from av_lens.isolation.measuring.engine import (
     ENCODING_SITES,
@@ -48,6 +50,9 @@ from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
 DESCRIBE = "describe"
+
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -88,8 +93,8 @@ class Bench:
     def find_sinks(self, examples: Sequence[int]) -> None:
         """Find every layout's sinks: media positions with over 10 times the mean incoming value-weighted attention."""
         found: list[tuple[SpanMap, list[np.ndarray]]] = []
-        for chunk in self.chunks(examples, "suffix"):
-            mass = self.store.recall("incoming attention", {"ids": chunk.ids}, partial(_incoming, chunk))["mass"]
+        chunks = self.chunks(examples, "suffix")
+        for chunk, mass in zip(chunks, shared_out(chunks, _incoming_of), strict=True):
             spans = chunk.inputs("va").spans
             parts = next((parts for of, parts in found if of.layout_difference(spans) is None), None)
             if parts is None:
@@ -125,8 +130,11 @@ def wording(conflict: Any) -> list[str]:
     return [str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix", DESCRIBE)]
 
 
-def _incoming(chunk: Chunk) -> Arrays:
-    return {"mass": chunk.bench.engine.incoming(chunk.inputs("va"))}
+def _incoming_of(chunk: Chunk) -> np.ndarray:
+    def compute() -> Arrays:
+        return {"mass": chunk.bench.engine.incoming(chunk.inputs("va"))}
+
+    return chunk.bench.store.recall("incoming attention", {"ids": chunk.ids}, compute)["mass"]
 
 
 def layout_of(inputs: AVInputs) -> tuple[tuple[str, ...], str]:
@@ -347,15 +355,34 @@ def gathered(
 ) -> Arrays:
     """Measure every stack, or open what was stored, and put the conflicts in order; `stage` "" tells no progress."""
     out: Arrays = {}
-    for number, chunk in enumerate(chunks):
+    done = 0
+
+    def measure(chunk: Chunk) -> Arrays:
+        nonlocal done
+        found = chunk.remember(name, depends, partial(compute, chunk))
+        done += 1
+        if stage != "":
+            chunk.bench.progress(stage or name, done, len(chunks))
+        return found
+
+    for chunk, found in zip(chunks, shared_out(chunks, measure), strict=True):
         rows = chunk.rows(examples)
-        for key, values in chunk.remember(name, depends, partial(compute, chunk)).items():
+        for key, values in found.items():
             if key not in out:
                 out[key] = np.full((len(examples), *values.shape[1:]), np.nan)
             out[key][rows] = values
-        if stage != "":
-            chunk.bench.progress(stage or name, number + 1, len(chunks))
     return out
+
+
+def shared_out(chunks: Sequence[Chunk], task: Callable[[Chunk], T]) -> list[T]:
+    """Do a task for every stack, those first that no other worker is at; what it gives, in the stacks' order."""
+    found: dict[int, T] = {}
+    for hurried in (True, False):
+        for number, chunk in enumerate(chunks):
+            if number not in found:
+                with suppress(Elsewhere), chunk.bench.store.hurried(hurried):
+                    found[number] = task(chunk)
+    return [found[number] for number in range(len(chunks))]
 
 
 def in_order(
@@ -365,8 +392,8 @@ def in_order(
 ) -> Float[np.ndarray, " example"]:
     """Put a figure of every conflict in order."""
     out = np.full(len(examples), np.nan)
-    for chunk in chunks:
-        out[chunk.rows(examples)] = figure(chunk)
+    for chunk, values in zip(chunks, shared_out(chunks, figure), strict=True):
+        out[chunk.rows(examples)] = values
     return out
 
 
@@ -374,5 +401,5 @@ def averaged(
     chunks: Sequence[Chunk], name: str, compute: Callable[[Chunk], Float[np.ndarray, "layer node"]]
 ) -> Float[np.ndarray, "layer node"]:
     """Measure a figure of every node on every stack, and average over the conflicts."""
-    parts = [chunk.remember(name, {}, lambda chunk=chunk: {"mean": compute(chunk)})["mean"] for chunk in chunks]
+    parts = shared_out(chunks, lambda one: one.remember(name, {}, lambda: {"mean": compute(one)})["mean"])
     return np.average(np.stack(parts), axis=0, weights=[len(chunk.examples) for chunk in chunks])

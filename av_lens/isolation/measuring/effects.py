@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 
 from av_lens.interventions import Plan
-from av_lens.isolation.measuring.bench import Chunk, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered, shared_out
 from av_lens.isolation.measuring.engine import LATER, MIRROR, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS, Node
 from av_lens.isolation.measuring.scoring import Candidates, CellReading, Edited
 from av_lens.metrics.forms import each
@@ -288,7 +288,7 @@ def measure_requests(
         if stage and (n > 1 or done % 64 == 0 or done == total):
             chunks[0].bench.progress(stage, done, total)
 
-    for chunk in chunks:
+    def measure(chunk: Chunk) -> None:
         rows = chunk.rows(examples)
         for base, question in dict.fromkeys((request.base, request.question) for request in wanted):
             these = [request for request in wanted if (request.base, request.question) == (base, question)]
@@ -300,6 +300,8 @@ def measure_requests(
             for r, request in enumerate(these):
                 for figure, values in found.items():
                     getattr(out[request], figure)[rows[:, None], layers, columns] = values[:, r]
+
+    shared_out(chunks, measure)
     return out
 
 

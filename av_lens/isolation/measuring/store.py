@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, cast
 import numpy as np
 
 from av_lens.errors import FileError, UnfinishedError
+from av_lens.isolation.measuring.crew import Crew, Elsewhere
 from av_lens.results.provenance import plain
 from av_lens.whole_files import describe, reading, write_whole
 
@@ -34,6 +35,7 @@ MEASURES = (
 _PACKAGE = Path(__file__).resolve().parents[2]
 """Files and rooms whose code measures; what plots, reports, trains or reads a command line may change meanwhile."""
 SECONDS, OF = "seconds taken", "measurement of"
+POLL = 0.01
 GO_ON = "What was kept before is whole; make room or put the folder right, and the same command goes on from there."
 
 
@@ -57,30 +59,71 @@ class Store:
     before: list[Callable[[str], None]] = field(default_factory=list)
     told: list[Callable[[Measured], None]] = field(default_factory=list)
     said: list[Callable[[str], None]] = field(default_factory=list)
+    crew: Crew | None = None  # the worker that this is, where the folder is shared
     _within: list[float] = field(default_factory=list)
+    _hurried: bool = False
 
     def under(self, variant: str) -> Store:
         """Give a store of measurements made under another condition, in the same folder, watched by the same."""
-        return Store(self.folder, f"{self.key}/{variant}", before=self.before, told=self.told, said=self.said)
+        watched: dict[str, Any] = {"before": self.before, "told": self.told, "said": self.said, "crew": self.crew}
+        return Store(self.folder, f"{self.key}/{variant}", **watched, _hurried=self._hurried)
+
+    @contextmanager
+    def hurried(self, yes: bool) -> Generator[None]:
+        """While it is open, what another worker is measuring is not waited for: `recall` raises `Elsewhere`."""
+        before, self._hurried = self._hurried, yes
+        try:
+            yield
+        finally:
+            self._hurried = before
 
     def recall(self, name: str, depends: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
-        """Give a measurement: the stored one, or a new one, which is then stored."""
+        """Give a measurement: the stored one, or a new one, which is then stored.
+
+        Raises:
+            Elsewhere: while `hurried`, where another worker is measuring it.
+        """
         text = json.dumps([self.key, name, plain(depends)], sort_keys=True)
         of = f"{name}: {hashlib.sha256(text.encode()).hexdigest()}"
         place = None if self.folder is None else self.folder / FOLDER / f"{_slug(name)}-{of[-64:][:20]}.npz"
         kept = None if place is None else self._opened(place, of)
+        if kept is None and place is not None and self.crew is not None:
+            kept = self._claimed(self.crew, place, of, name, damaged=place.exists())
         if kept is not None:
             found, seconds = kept, float(kept.pop(SECONDS, np.zeros(())))
         else:
-            for ask in self.before:
-                ask(name)
-            found, seconds = self._timed(compute)
-            if place is not None:
-                _keep(place, found | {SECONDS: np.array(seconds), OF: np.array(of)})
+            try:
+                for ask in self.before:
+                    ask(name)
+                with self.hurried(False):  # what is begun is finished
+                    found, seconds = self._timed(compute)
+                if place is not None:
+                    _keep(place, found | {SECONDS: np.array(seconds), OF: np.array(of)})
+            except BaseException:
+                self._release(place, made=False)
+                raise
+            self._release(place, made=True)
             self.made += 1
         for told in self.told:
             told(Measured(name, depends, seconds, new=kept is None))
         return found
+
+    def _claimed(self, crew: Crew, place: Path, of: str, name: str, *, damaged: bool) -> Arrays | None:
+        """Claim a measurement, or wait for the worker that has it; None where it is ours to make."""
+        while not crew.claim(place, name):
+            if self._hurried:
+                raise Elsewhere
+            time.sleep(POLL)
+            if (kept := self._opened(place, of)) is not None:
+                return kept
+        kept = None if damaged else self._opened(place, of)  # finished between the look and the claim
+        if kept is not None:
+            crew.release(place, made=False)
+        return kept
+
+    def _release(self, place: Path | None, *, made: bool) -> None:
+        if place is not None and self.crew is not None:
+            self.crew.release(place, made=made)
 
     def _timed(self, compute: Callable[[], Arrays]) -> tuple[Arrays, float]:
         """Measure, and take the time, less that of the measurements that were made on the way."""

@@ -21,8 +21,9 @@ from typing import Any
 
 from av_lens import whole_files
 from av_lens.errors import FileError, ProtocolError, UnfinishedError
-from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store, measuring_hash
-from av_lens.isolation.running.cost import ESTIMATE, Estimate
+from av_lens.isolation.measuring.crew import Crew, workers_of
+from av_lens.isolation.measuring.store import FOLDER, GO_ON, POLL, Measured, Store, measuring_hash
+from av_lens.isolation.running.cost import ESTIMATE, Estimate, duration
 from av_lens.isolation.running.preparing import Run, hash_of
 from av_lens.results.record import RECORD
 
@@ -87,27 +88,38 @@ def _note_program(folder: Path, told: Told | None) -> None:
     whole_files.write_whole(place, measuring_hash())
 
 
-@contextmanager
-def _alone(folder: Path, told: Told | None) -> Generator[None]:
-    """Keep other processes out of the folder; the lock goes with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        yield
-        return
-    with whole_files.writing(folder / LOCK, mend=f"{OTHER_FOLDER}."):
-        file = (folder / LOCK).open("a")
-    with file:
+class Lead:
+    """The lock of a run's folder: who holds it writes protocol, ledger and record; it goes with the process."""
+
+    def __init__(self, folder: Path, told: Told | None) -> None:
+        self.folder, self.held, self._told = folder, False, told
+        with whole_files.writing(folder / LOCK, mend=f"{OTHER_FOLDER}."):
+            self._file = (folder / LOCK).open("a")
+
+    def __enter__(self) -> Lead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def take(self, *, wait: bool = False) -> bool:
+        """Take the lock, unless another worker has it; `wait` until it is free."""
+        if self.held:
+            return True
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            self.held = True
+            return True
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise ProtocolError(
-                    f"another process is writing in {folder}. Wait until it is done, or give another folder."
-                ) from error
-            if told is not None:
-                told(f"{folder} lies on a disk without locks: let no second run write in it.")
-        yield
+                return False
+            if self._told is not None:
+                self._told(f"{self.folder} lies on a disk without locks: let no second run write in it.")
+        self.held = True
+        return True
 
 
 def deadline(minutes: float, store: Store, said: Callable[[], str]) -> Callable[[str], None]:
@@ -144,6 +156,24 @@ class Ledger:
         self._open: tuple[str, tuple[str, ...]] | None = None
         self._said: set[tuple[str, str]] = set()
         self._begun, self._anew = False, True
+        self._lead: Lead | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker writes what the run says."""
+        return self._lead is None or self._lead.held
+
+    def follow(self, lead: Lead) -> None:
+        """Write nothing as long as another worker leads."""
+        self._lead = lead
+
+    def keep(self, save: Callable[[Path], Any], folder: Path) -> None:
+        """Save the record, or leave it to who leads; who dies before it is saved is followed by another."""
+        if self._lead is not None and not self.leads:
+            self._lead.take(wait=True)
+            if (folder / RECORD / "isolation.json").exists():
+                return
+        save(folder / RECORD)
 
     def __call__(self, measured: Measured) -> None:
         """Note a measurement."""
@@ -169,7 +199,7 @@ class Ledger:
 
     def _note(self, part: str, ids: list[str], seconds: float) -> None:
         """Add a measurement to the file; the first one writes down what was known before."""
-        if self.path is None or not ids:
+        if self.path is None or not ids or not self.leads:
             return
         if self._anew:
             self.write()
@@ -203,7 +233,7 @@ class Ledger:
 
     def write(self) -> None:
         """Write the file anew, whole, a line for each conflict."""
-        if self.path is None:
+        if self.path is None or not self.leads:
             return
         rows: list[dict[str, Any]] = []
         for name, parts in self.done.items():
@@ -226,8 +256,10 @@ class Ledger:
 
 
 @contextmanager
-def watched_run(run: Run, folder: Path | None, *, budget: float | None, told: Told | None) -> Generator[Ledger]:
-    """Hold a run's folder while it goes on, with its protocol, its ledger and its deadline."""
+def watched_run(
+    run: Run, folder: Path | None, *, budget: float | None, told: Told | None, join: bool = False
+) -> Generator[Ledger]:
+    """Go on with a run in its folder, with its protocol, its ledger and its deadline: lead it, or `join` who leads."""
     store = run.bench.store
     store.folder, store.key = folder, run.key
     ledger = Ledger(folder, dict(zip((one.id for one in run.members), run.halves.half, strict=True)), told)
@@ -240,24 +272,56 @@ def watched_run(run: Run, folder: Path | None, *, budget: float | None, told: To
         yield ledger
         return
     whole_files.make_folder(folder)
-    with _alone(folder, told):
+    with Lead(folder, told) as lead:
+        if not lead.take() and not join:
+            raise ProtocolError(
+                f"another process is writing in {folder}. Wait until it is done, join it (--join, in Python "
+                "join=True), or give another folder."
+            )
+        while not (lead.held or (folder / PROTOCOL).exists() or lead.take()):
+            time.sleep(POLL)
         if (folder / PROTOCOL).exists():
             _same(folder, run.protocol, run.clips)
         else:
             _refuse_foreign(folder)
             whole_files.write_whole(folder / PROTOCOL, json.dumps(run.protocol, indent=1))
-        for place in (folder, folder / FOLDER, folder / RECORD):
-            whole_files.sweep_partials(place)
-        _note_program(folder, told)
+        if lead.held:
+            for place in (folder, folder / FOLDER, folder / RECORD):
+                whole_files.sweep_partials(place)
+            _note_program(folder, told)
+        ledger.follow(lead)
         try:
-            yield ledger
+            with Crew(folder) as store.crew:
+                yield ledger
         except FileError as error:  # of the record
             ledger.stop()
             raise UnfinishedError(f"{error} Every measurement is kept; the same command goes on from there.") from error
         except BaseException:
             ledger.stop()
             raise
+        finally:
+            store.crew = None
         ledger.write()
+
+
+def standing(folder: Path) -> str:
+    """Say how far the run in a folder is, and who works on it, at what."""
+    if not (folder / PROTOCOL).exists():
+        raise ProtocolError(f"no run was begun in {folder}: {PROTOCOL} is not there. Give the folder of `isolate`.")
+    dealt = whole_files.read_object(folder / PROTOCOL)["halves"]["dealt"]
+    n_made, done = len(list((folder / FOLDER).glob("*.npz"))), (folder / RECORD / "isolation.json").exists()
+    lines = [f"{len(dealt)} conflicts, {n_made} measurements on disk; the record is {'there' if done else 'to come'}."]
+    with suppress(OSError, ValueError, KeyError):
+        expected = float(json.loads((folder / ESTIMATE).read_text("utf-8"))["seconds"])
+        lines.append(f"Expected of one worker, in all: {duration(expected)}.")
+    workers = workers_of(folder)
+    for one in workers:
+        taken = duration(one.seen - one.since)
+        state = f"for {taken}, at: {one.doing or 'statistics, or waiting'}" if one.alive else "no longer there"
+        lines.append(f"{one.name}: {one.made} measurements, {state}")
+    if not done and not any(one.alive for one in workers):
+        lines.append("Nobody works on it: the same command goes on from there.")
+    return "\n".join(lines)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], clips: Clips | None = None) -> list[str]:

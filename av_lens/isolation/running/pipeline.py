@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from av_lens.isolation.running.durable import Ledger, watched_run
 from av_lens.isolation.running.finding import Further, finding
 from av_lens.isolation.running.preparing import EXPLORATORY, Options, Run, prepared
 from av_lens.isolation.running.verdicts import planned, verdict
+from av_lens.isolation.running.workers import sharing
 from av_lens.isolation.sets import confirmation
 from av_lens.model.binding import remembered_towers
 from av_lens.results import dealing
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
-from av_lens.results.record import RECORD, Isolation
+from av_lens.results.record import Isolation
 
 NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
 QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
@@ -68,6 +70,8 @@ def isolate(
     grown: Grown | None = None,
     out: str | Path | None = None,
     engine: ModelEngine | None = None,
+    workers: int = 1,
+    join: bool = False,
 ) -> Isolation:
     """Isolate the heads that keep a model from saying what it hears.
 
@@ -92,6 +96,10 @@ def isolate(
         grown: called with the finding as far as it goes: after the behaviour, and once heads and sets are confirmed.
         out: a folder for `protocol.json` (before the first effect), every measurement, and the finding in `numbers`.
         engine: what runs the model, instead of `ModelEngine(model)`.
+        workers: how many processes of this machine share the work, each with a share of the threads: the same numbers
+            as one worker gives with as many threads as each has. Each holds the model.
+        join: share the work of a run that goes on in `out` (or begin it); any number of workers may, from any machine
+            that sees the folder. Whoever came first writes the record, and is followed by another if it dies.
 
     Returns:
         The finding.
@@ -104,17 +112,24 @@ def isolate(
         UnfinishedError: the budget is spent, the disk is full, or a clip is gone.
     """
     options = Options(tuple(sites), s, gate, seed, layout, quick, named_only, captions, protocol, suppressed)
-    if out is not None:
+    if out is not None or workers != 1:
         _refuse_hooks(model)
-    run = prepared(model, conflicts, options, engine=engine, progress=progress)
-    folder = None if out is None else Path(out)
-    watched = watched_run(run, folder, budget=budget, told=told)
-    with watched as ledger, remembered_towers(run.bench.engine.model):
-        if told is not None:
-            told(preparing.power_sentence(run.protocol))
-        found = _carried_out(run, ledger, folder, grown)
-        if folder is not None:
-            found.save(folder / RECORD)
+    if join and out is None:
+        raise ProtocolError("to join a run, name its folder (out=DIR).")
+    shared = (
+        nullcontext(None if out is None else Path(out))
+        if workers == 1
+        else sharing(workers, model, conflicts, options, out=out, told=told, engine=engine)
+    )
+    with shared as folder:
+        run = prepared(model, conflicts, options, engine=engine, progress=progress)
+        watched = watched_run(run, folder, budget=budget, told=told, join=join)
+        with watched as ledger, remembered_towers(run.bench.engine.model):
+            if told is not None:
+                told(preparing.power_sentence(run.protocol))
+            found = _carried_out(run, ledger, folder, grown)
+            if folder is not None:
+                ledger.keep(found.save, folder)
     return found
 
 
@@ -190,7 +205,7 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
     bench, gate = run.bench, run.options.gate
     everyone = list(range(len(bench.conflicts)))
     chunks = bench.chunks(everyone, "suffix")  # readings do not depend on the site; sinks are found later
-    if ledger.told is not None or folder is not None:
+    if ledger.leads and (ledger.told is not None or folder is not None):
         ledger.expect(cost.estimated(chunks, _size(run), folder=folder, key=run.key))
     run.survey = survey(chunks, len(everyone))
     ledger.figures = {
@@ -204,7 +219,7 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
         if gate == "stop":
             said = run.words(sentence)
             if folder is not None:
-                finding(run, run.words(kind), said, seconds=0.0).save(folder / RECORD)
+                ledger.keep(finding(run, run.words(kind), said, seconds=0.0).save, folder)
             raise ProtocolError(f"refused: {said}" + (f" Its behaviour is saved in {folder}." if folder else ""))
         run.go_past(kind, sentence)
     competent = _competent(run, dealt)
