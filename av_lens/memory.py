@@ -2,9 +2,19 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 Value = TypeVar("Value")
+Sized = TypeVar("Sized", bound="HasBytes")
+
+
+class HasBytes(Protocol):
+    """What says how many bytes it takes."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes now."""
+        ...
 
 
 class Memory(Generic[Value]):
@@ -32,3 +42,30 @@ class Memory(Generic[Value]):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+
+class Bounded(Generic[Sized]):
+    """Sizeds by key, as many of those used last as take at most so many bytes by their `nbytes`; at least one.
+
+    What a value takes may change while it is kept: it is asked anew whenever one is added.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._kept: OrderedDict[Hashable, Sized] = OrderedDict()
+
+    def once(self, key: Hashable, make: Callable[[], Sized]) -> Sized:
+        """Recall a value, or make and keep it; the key is all that it depends on."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        value = self._kept[key] = make()
+        total = sum(one.nbytes for one in self._kept.values())
+        while len(self._kept) > 1 and total > self.most:
+            total -= self._kept.popitem(last=False)[1].nbytes
+        return value
+
+    def forget(self, gone: Callable[[Any], bool]) -> None:
+        """Let go of the values whose key says so."""
+        for key in [key for key in self._kept if gone(key)]:
+            del self._kept[key]

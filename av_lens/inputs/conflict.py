@@ -262,6 +262,12 @@ class Cells(Mapping[str, AVInputs]):
             self._made[name] = self._encoded(name)
         return self._made[name]
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory the tensors take of the cells that were encoded; what several share counts once."""
+        tensors = (value for x in self._made.values() for value in x.tensors.values())
+        return sum({id(one): one.nbytes for one in tensors if isinstance(one, torch.Tensor)}.values())
+
     def clip(self, name: str) -> Clip:
         """The clip of a cell, as it is encoded: its picture and sound, joined."""
         picture_name, sound_name = CELLS[name]
@@ -313,9 +319,9 @@ def _nbytes(sources: Mapping[str, Clip]) -> int:
     return sum({id(one.frames): one.frames.nbytes for one in sources.values() if one.frames is not None}.values())
 
 
-# A second of video is some 20 MB: only the conflicts encoded last keep their decoded frames (at most 1 GiB), others are
+# A second of video is some 20 MB: the conflicts encoded last keep their decoded frames (at most 256 MiB), others are
 # decoded again where a further cell of theirs is asked for.
-_SOURCES: Memory[dict[str, Clip]] = Memory(1 << 30, _nbytes)
+_SOURCES: Memory[dict[str, Clip]] = Memory(1 << 28, _nbytes)
 
 
 def _loaded(clip: Clip | ClipFile, name: str) -> Clip:

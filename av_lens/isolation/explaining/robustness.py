@@ -153,7 +153,7 @@ def _varied(bench: Bench, variant: Variant) -> Bench:
     if variant.question is not None:
         conflicts = [dataclasses.replace(conflict, question=variant.question) for conflict in conflicts]
     store = bench.store.under(str(variant))
-    return dataclasses.replace(bench, engine=made, conflicts=list(conflicts), store=store, sinks=[], _cells={})
+    return dataclasses.replace(bench, engine=made, conflicts=list(conflicts), store=store, sinks=[])
 
 
 def _bootstrapped(known: Known, main: Mapping[Node, str], draws: int) -> dict[str, Any]:

@@ -46,9 +46,12 @@ from av_lens.isolation.measuring.engine import (
 )
 from av_lens.isolation.measuring.scoring import Candidates, CellReading, Edited, Said, Spoken
 from av_lens.isolation.measuring.store import Arrays, Store
+from av_lens.memory import Bounded
 from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
+CELLS_BYTES, RUNS_BYTES = 1 << 28, 1 << 29
+"""Memory for encoded cells, and for recorded runs and donors: what was used last is kept, all else is made again."""
 DESCRIBE = "describe"
 
 
@@ -68,7 +71,8 @@ class Bench:
     keys: ClipKeys = field(default_factory=ClipKeys)
     mlps: bool = True
     progress: Progress = lambda stage, done, total: None
-    _cells: dict[tuple[int, str | None], Cells] = field(default_factory=dict)
+    _cells: Bounded[Cells] = field(init=False, default_factory=lambda: Bounded(CELLS_BYTES))
+    _kept: Bounded[Any] = field(init=False, default_factory=lambda: Bounded(RUNS_BYTES))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,10 +89,16 @@ class Bench:
         conflict = self.conflicts[example]
         self.keys.check(conflict)
         key = (example, None if question == "ask" else str(getattr(conflict, question)))
-        if key not in self._cells:
-            bare = dataclasses.replace(conflict, prefix="") if question == DESCRIBE else conflict
-            self._cells[key] = self.engine.cells(bare, key[1])
-        return self._cells[key][cell]
+        bare = dataclasses.replace(conflict, prefix="") if question == DESCRIBE else conflict
+        return self._cells.once(key, lambda: self.engine.cells(bare, key[1]))[cell]
+
+    def kept(self, chunk: Chunk, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+        """Give what was made of a stack, a run or a donor, or make it (again)."""
+        return self._kept.once((chunk, *key), make)
+
+    def forget(self, chunk: Chunk) -> None:
+        """Drop what was made of a stack."""
+        self._kept.forget(lambda key: key[0] is chunk)
 
     def find_sinks(self, examples: Sequence[int]) -> None:
         """Find every layout's sinks: media positions with over 10 times the mean incoming value-weighted attention."""
@@ -152,17 +162,16 @@ class Chunk:
     site: str
     means: Means | None = None
     constants: dict[str, Callable[[Recording, str], Tensor]] = field(default_factory=dict)
-    _runs: dict[tuple[str, str], Recording] = field(default_factory=dict)
     _readings: dict[tuple[str, str], CellReading] = field(default_factory=dict)
-    _donors: dict[tuple[str, str, str, str], Tensor] = field(default_factory=dict)
 
     def run(self, cell: str, question: str = "ask") -> Recording:
         """Run a cell of these conflicts ("text_only" is the bare question), or give the run that was made."""
-        key = (cell, question)
-        if key not in self._runs:
+
+        def record() -> Recording:
             stack = self.inputs(cell, question)
-            self._runs[key] = self.bench.engine.record(stack, self.bench.positions(stack, self.site))
-        return self._runs[key]
+            return self.bench.engine.record(stack, self.bench.positions(stack, self.site))
+
+        return self.bench.kept(self, (cell, question), record)
 
     @property
     def encoding(self) -> bool:
@@ -272,9 +281,9 @@ class Chunk:
 
     def donor(self, base: str, name: str, question: str = "ask", part: str = Z) -> AllOutputs:
         """Give what a component becomes in a base cell; NaN for conflicts that lack it, refused where the site does."""
-        key = (base, name, question, part)
-        if key in self._donors:
-            return self._donors[key]
+        return self.bench.kept(self, (base, name, question, part), lambda: self._donor(base, name, question, part))
+
+    def _donor(self, base: str, name: str, question: str, part: str) -> AllOutputs:
         run, own = self.run(base, question), self.output(base, question, part)
         if name == "zero":
             found = torch.zeros_like(own[:, :1])
@@ -286,7 +295,7 @@ class Chunk:
             found = self.constants[name](run, part)
         else:
             found = self._cell_output(base, name, question, part)
-        return self._donors.setdefault(key, found)
+        return found
 
     def z(self, base: str, nodes: Sequence[Node], name: str, question: str = "ask") -> Values:
         """Give some nodes' donor outputs for a base cell, by node."""
@@ -341,8 +350,7 @@ class Chunk:
 
     def forget(self) -> None:
         """Drop runs and donors; readings are kept."""
-        self._runs.clear()
-        self._donors.clear()
+        self.bench.forget(self)
 
 
 def gathered(

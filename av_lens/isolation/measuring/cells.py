@@ -30,6 +30,12 @@ class Cells:
         self._of = lambda one: one.cells(model, **{**options, "question": asked})
         self._own = self._of(self._conflict)
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory the tensors take of the cells that were encoded."""
+        made = [self._own, *([self._mirror] if "_mirror" in self.__dict__ else [])]
+        return sum(getattr(cells, "nbytes", 0) for cells in made)
+
     @cached_property
     def _mirror(self) -> Mapping[str, AVInputs]:
         one = self._conflict

@@ -112,6 +112,11 @@ class Recording:
         kept = () if self.trace is None else (*self.trace.resid, *self.trace.keys, *self.trace.values)
         return sum(part.nbytes for part in kept)
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes, its trace included."""
+        return self.trace_bytes + sum(part.nbytes for part in (*self.parts.values(), self.logits, self.final))
+
     def plan(self, values: Values, *, freeze: bool = False, mlps: str | Sequence[int] = ()) -> Plan:
         """Give nodes another output at the site, on top of the run's own edits (those at the restart and after)."""
         first, last = min(layer for layer, _ in values), self.site[-1:]
