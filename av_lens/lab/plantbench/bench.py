@@ -101,7 +101,7 @@ def run_plantbench(
         why = f"two models are called {twice[0]!r}: give folders of different names." if twice else ""
         raise InputError(why or "no model was given: name folders or short names of planted models, or give --fresh.")
     listed_fresh = [] if fresh is None else Path(fresh).read_text("utf-8").splitlines()
-    listed_fresh += [] if fresh is None else [f"base {weights_key(base)[:16]}" for base in bases]
+    listed_fresh += [] if fresh is None else [f"base {base_key(base)[:16]}" for base in bases]
     written = _written_down(out, criteria(conflicts=conflicts, seed=seed, fresh=listed_fresh))
     staging = partial(stage, conflicts=conflicts, seed=seed, split=SPLIT, progress=progress)
     clips = Parts(out, {"conflicts": conflicts, "seed": seed, "split": SPLIT}).ensure("clips", staging)
@@ -169,11 +169,17 @@ def fresh_recipes(listed: str | Path, bases: Sequence[str], folder: Path) -> lis
 
 def _key(one: Recipe, hashed: str) -> str:
     """Say what a stored entry is of: criteria, code, and weights, or what makes a model that need not be there."""
-    said: list[Any] = [hashed, measuring_hash(also=CODE), weights_key(one.base or one.place)]
+    said: list[Any] = [hashed, measuring_hash(also=CODE), base_key(one.base or one.place)]
     if one.base:
         options = {word: [Path(part).name for part in value] if word == "of" else value for word, value in one.options}
         said += [one.kind, options, measuring_hash(also=PLANTING)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def base_key(name: str) -> str:
+    """Hash what a model is: of a trained one the recipe (on another machine the last bits differ), else the files."""
+    recipe = Path(name) / "training.json"
+    return hashlib.sha256(recipe.read_bytes()).hexdigest() if recipe.is_file() else weights_key(name)
 
 
 def _make(one: Recipe, recipes: Sequence[Recipe], progress: Progress | None) -> None:
