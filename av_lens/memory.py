@@ -2,12 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 Value = TypeVar("Value")
 Sized = TypeVar("Sized", bound="HasBytes")
 
 
+@runtime_checkable
 class HasBytes(Protocol):
     """What says how many bytes it takes."""
 
