@@ -17,7 +17,7 @@ from tiny import letter
 import av_lens as avl
 from av_lens.spans import SpanMap
 
-MOST = {"a head patch": 24, "an isolation": 44}
+MOST = {"a head patch": 24, "an isolation": 45}
 
 
 def read(what: str, call: Callable[[], Any]) -> None:

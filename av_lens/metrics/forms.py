@@ -11,7 +11,7 @@ first: it is run to its end only where that could change the choice or a refusal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,7 +165,7 @@ def notes_on(answers: list[list[Answer]], tokenizer: Any = None) -> tuple[str, .
 
 
 RARER = 100.0  # A word is refused where another form of it is more than so many times likelier than the chosen one
-STACK, BUDGET_GB = 16, 1.0
+STACK, BUDGET_GB, HELD_BYTES = 16, 1.0, 1 << 28
 Given = AVInputs | Recorded | Callable[[], AVInputs]
 
 
@@ -230,8 +230,13 @@ class Reading:
         ids = {word: known_forms(model, word) for word in dict.fromkeys(word for _, word in rows)}
         blocks, places = _blocks(model, given)
         found = cls(model, blocks, places, rows, ids)
-        for number in range(len(blocks)):
-            found._begin(number)
+        made = [number for number, block in enumerate(blocks) if callable(block)]
+        for number in set(range(len(blocks))) - {*made}:
+            found._begin([number], found._input(number))
+        for some, inputs in _held(made, found._input):
+            size = that_fit(model, max(len(x.spans) for x in inputs), STACK, BUDGET_GB)
+            for members in input_stacks(inputs, size):
+                found._begin([some[i] for i in members], AVInputs.stack([inputs[i] for i in members]))
         return found
 
     def forms(self) -> Forms:
@@ -270,19 +275,18 @@ class Reading:
         return block.x if isinstance(block, Recorded) else block if isinstance(block, AVInputs) else block()
 
     @torch.no_grad()
-    def _begin(self, number: int) -> None:
-        words = {word for example, word in self.rows if self.places[example][0] == number}
+    def _begin(self, numbers: Sequence[int], x: Any) -> None:
+        """Look up the first tokens of what is asked in a block, or in several of one example each that ran together."""
+        words = {word for example, word in self.rows if self.places[example][0] in numbers}
         tokens = sorted({ids[0] for word in words for ids in self.ids[word].values()})
         if not tokens:
             return
-        block = self.blocks[number]
-        if isinstance(block, Recorded):
-            logits = block.logits_at(torch.tensor([block.x.spans.generation_position]))[:, 0]
-        else:
-            x = self._input(number)
-            logits = logits_of(self.model, x, [], torch.tensor([x.spans.generation_position]))[:, 0]
+        block, asked = self.blocks[numbers[0]], torch.tensor([x.spans.generation_position])
+        logits = (block.logits_at(asked) if isinstance(block, Recorded) else logits_of(self.model, x, [], asked))[:, 0]
         likely = logits.double().softmax(-1)[:, tokens].cpu().numpy()
-        self._known |= {(number, (token,)): likely[:, i] for i, token in enumerate(tokens)}
+        for row, number in enumerate(numbers):
+            own = likely if len(numbers) == 1 else likely[row : row + 1]
+            self._known |= {(number, (token,)): own[:, i] for i, token in enumerate(tokens)}
 
     @torch.no_grad()
     def _run(self, rows: Iterable[int], form: str) -> None:
@@ -377,6 +381,18 @@ def followed(x: AVInputs, tokens: Tensor) -> AVInputs:
             "tokens would come after them: encode it without answer=."
         )
     return x.continued(tokens[:, :-1])
+
+
+def _held(numbers: Sequence[int], make: Callable[[int], Any]) -> Iterator[tuple[list[int], list[Any]]]:
+    """Make inputs, so many at a time as may be held together."""
+    some, inputs, taken = list[int](), list[Any](), 0
+    for number in numbers:
+        some.append(number)
+        inputs.append(make(number))
+        taken += sum(value.nbytes for value in inputs[-1].tensors.values() if isinstance(value, Tensor))
+        if len(some) == STACK or taken > HELD_BYTES or number == numbers[-1]:
+            yield some, inputs
+            some, inputs, taken = [], [], 0
 
 
 def _blocks(model: Any, given: Sequence[Given]) -> tuple[list[Given], list[tuple[int, int]]]:

@@ -22,7 +22,6 @@ from av_lens.inputs import AVInputs
 from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.model_inputs import shared
 from av_lens.interventions import Plan
-from av_lens.isolation.measuring.cells import Cells
 from av_lens.isolation.measuring.crew import Elsewhere
 from av_lens.isolation.measuring.donors import Means, align_end, equal_ending
 from av_lens.isolation.measuring.engine import (
@@ -50,8 +49,8 @@ from av_lens.memory import Bounded
 from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
-CELLS_BYTES, RUNS_BYTES = 1 << 28, 1 << 29
-"""Memory for encoded cells, and for recorded runs and donors: what was used last is kept, all else is made again."""
+RUNS_BYTES = 1 << 29
+"""Memory for recorded runs and donors: what was used last is kept, all else is made again."""
 DESCRIBE = "describe"
 
 
@@ -71,7 +70,6 @@ class Bench:
     keys: ClipKeys = field(default_factory=ClipKeys)
     mlps: bool = True
     progress: Progress = lambda stage, done, total: None
-    _cells: Bounded[Cells] = field(init=False, default_factory=lambda: Bounded(CELLS_BYTES))
     _kept: Bounded[Any] = field(init=False, default_factory=lambda: Bounded(RUNS_BYTES))
 
     @property
@@ -88,9 +86,8 @@ class Bench:
         """Encode one cell of one conflict; refused where a clip's file was changed since the run began."""
         conflict = self.conflicts[example]
         self.keys.check(conflict)
-        key = (example, None if question == "ask" else str(getattr(conflict, question)))
         bare = dataclasses.replace(conflict, prefix="") if question == DESCRIBE else conflict
-        return self._cells.once(key, lambda: self.engine.cells(bare, key[1]))[cell]
+        return self.engine.cells(bare, None if question == "ask" else str(getattr(conflict, question)))[cell]
 
     def kept(self, chunk: Chunk, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
         """Give what was made of a stack, a run or a donor, or make it (again)."""

@@ -32,6 +32,7 @@ from av_lens.inputs import AVInputs
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
 from av_lens.isolation.measuring.cells import Cells
 from av_lens.isolation.measuring.scoring import Edited, divisor
+from av_lens.memory import Bounded
 from av_lens.metrics.forms import followed
 from av_lens.replay.branches import Branches
 from av_lens.replay.recording import record_bytes
@@ -172,8 +173,8 @@ class _Keeping(Taps):
         return found
 
 
-STREAM_BYTES, TRACE_BYTES, KEPT_BYTES = 2.5e8, 4e9, 5e8
-"""Memory for the streams of plans that run together; for the trace of one stack; for one that is not made again."""
+STREAM_BYTES, TRACE_BYTES, KEPT_BYTES, CELLS_BYTES = 2.5e8, 4e9, 5e8, 1 << 28
+"""Memory for the streams of plans that run together; the trace of one stack; one that is not made again; cells."""
 
 
 class ModelEngine:
@@ -194,6 +195,7 @@ class ModelEngine:
         if is_packed(model.hf_model):  # heads are told by what they write
             weight_of(layer_of(model, 0).o)
         self.cell_options = dict(cells or {})
+        self._cells = Bounded[Cells](CELLS_BYTES)
         self.n_layers, self.n_heads = int(model.spec.n_layers), int(model.spec.n_heads)
 
     @cached_property
@@ -202,9 +204,12 @@ class ModelEngine:
         return list(product(range(self.n_layers), range(self.n_heads)))
 
     def cells(self, conflict: Any, question: str | None) -> Cells:
-        """Give a conflict's cells, asked its own question (None) or another; `audio_only_v` mirrors `audio_only`."""
+        """Give a conflict's cells, asked its own question (None) or another; those used last are kept encoded."""
         options = {"question": question, "layout": self.layout, "keep_clips": False, **self.cell_options}
-        return Cells(self.model, conflict, options, suppressed=self.suppressed)
+        asked = conflict.question if question is None else question
+        clips = (conflict.sound, conflict.picture, conflict.third)  # held by the cells: nobody else gets their numbers
+        key = (conflict.id, *map(id, clips), asked, getattr(conflict, "prefix", ""), self.suppressed)
+        return self._cells.once(key, lambda: Cells(self.model, conflict, options, suppressed=self.suppressed))
 
     def together(self, inputs: AVInputs) -> int:
         """Say how many examples fit into one stack: their trace must stay within `TRACE_BYTES`."""
