@@ -17,7 +17,7 @@ from av_lens.cli import console
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Conflict
 from av_lens.isolation.measuring.behaviour import survey
-from av_lens.isolation.naming.roles import one_donor_alone
+from av_lens.isolation.naming.roles import by_the_question_alone, one_donor_alone
 from av_lens.isolation.running import preparing
 from av_lens.isolation.running.verdicts import cut_sentence
 from av_lens.reports import write_report
@@ -52,16 +52,29 @@ def always_on():
 @pytest.mark.parametrize(
     ("releases", "alone"),
     [
-        ((3.0, 0.9, 0.0), True),  # .9 is below .10 G and below half of 3
-        ((3.0, 1.1, 0.0), False),  # above .10 G = 1
-        ((1.2, 0.7, 0.0), False),  # below .10 G, above half of 1.2
+        ((3.0, 1.4, 0.0), True),  # below half of 3
+        ((3.0, 1.6, 0.0), False),
         ((3.0, math.nan, 0.9), True),
         ((3.0, math.nan, math.nan), True),
     ],
 )
 def test_one_donor_alone_is_the_second_release(releases, alone):
-    assert one_donor_alone(releases, 10.0) is alone
-    assert one_donor_alone(releases[::-1], 10.0) is alone
+    assert one_donor_alone(releases) is alone
+    assert one_donor_alone(releases[::-1]) is alone
+
+
+@pytest.mark.parametrize(
+    ("releases", "alone"),
+    [
+        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 1.4, "audio_only": 0.0, "mean_task": 0.1}, True),
+        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 1.6, "audio_only": 0.0, "mean_task": 0.1}, False),
+        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 0.0, "audio_only": 1.6, "mean_task": math.nan}, False),
+        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 0.0, "mean_task": 1.6}, False),
+        ({"zero": 2.0}, False),  # no donor was asked the same: nothing is said
+    ],
+)
+def test_the_question_alone_is_no_release_by_donors_that_were_asked_the_same(releases, alone):
+    assert by_the_question_alone(releases) is alone
 
 
 def test_a_role_by_one_donor_alone_is_replicated_and_not_confirmed(always_on):

@@ -68,7 +68,7 @@ class PlainHalf:
     def alone(self, node: Node) -> bool:
         """Whether one donor alone releases."""
         second, largest = sorted(mean(self.of(f"release/{donor}", node)) for donor in RELEASES)[1:]
-        return second < min(0.10 * mean(self.G), 0.5 * largest)
+        return second < 0.5 * largest
 
     # Section 7: the parts of a role's p.
 

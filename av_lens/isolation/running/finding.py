@@ -28,7 +28,7 @@ from av_lens.isolation.running.verdicts import (
     cut_sentence,
     power,
 )
-from av_lens.isolation.sets.confirmation import CONFIRMED, NOT_REPLICATED, ONE_DONOR, Held
+from av_lens.isolation.sets.confirmation import BY_QUESTION, CONFIRMED, NOT_REPLICATED, ONE_DONOR, Held
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.exchanged import exchanged_key, exchanged_rows
 from av_lens.results.provenance import stamp
@@ -225,7 +225,7 @@ def _flags(row: Named, searched: Searched, held: Held) -> str:
     if row.role not in (*RELEASING, FEEDER, ENCODER):
         return ""
     flags = [told] if (told := held.words.get(row)) else []
-    flags += [ONE_DONOR] if held.status.get(row) == ONE_DONOR else []
+    flags += [status for status in (ONE_DONOR, BY_QUESTION) if held.status.get(row) == status]
     flags += [f"through MLP {row.through}"] if row.through >= 0 else []
     if row in held.named_members:
         return "; ".join(["named as a member: its release with the other members edited", *flags])

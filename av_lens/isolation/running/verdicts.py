@@ -19,6 +19,7 @@ from av_lens.isolation.naming.evidence import Searched
 from av_lens.isolation.naming.roles import Named, head_means
 from av_lens.isolation.running.preparing import ALSO_COUNTED_AT, Run
 from av_lens.isolation.sets.confirmation import (
+    BY_QUESTION,
     CONFIRMED,
     FEWEST_WORDS,
     NOT_REPLICATED,
@@ -106,6 +107,11 @@ def _named_sentences(run: Run, known: Known) -> list[str]:
         listed = _by_role(rows[ONE_DONOR], known)
         parts.append(
             f"Replicated on held-out clips, by one donor alone: {listed}. Other edits release next to nothing."
+        )
+    if rows[BY_QUESTION]:
+        parts.append(
+            f"Replicated on held-out clips, by the question alone: {_by_role(rows[BY_QUESTION], known)}. They release "
+            "where another question is put into them, not where picture or sound are: they carry what is asked."
         )
     if rows[ON_WORDS]:
         holds = "It holds on new clips, not over words: with other answers it may not."

@@ -17,7 +17,16 @@ from av_lens.isolation.measuring.effects import Request, measure_requests
 from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather, hold
-from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, head_means, one_donor_alone, run_tests
+from av_lens.isolation.naming.roles import (
+    ASKED_ALIKE,
+    CARRIERS,
+    Named,
+    by_the_question_alone,
+    confirm,
+    head_means,
+    one_donor_alone,
+    run_tests,
+)
 from av_lens.isolation.sets.matching import RANDOM_SETS, random_sets
 from av_lens.isolation.sets.members import InContext, in_context, member_roles, member_rows
 from av_lens.isolation.sets.search import SearchedSets, search_sets
@@ -32,7 +41,8 @@ LARGEST_P = 0.05
 FEWEST_WORDS = 8
 ON_WORDS, UNTESTED = "on these words", "untested over words"
 CONFIRMED, ONE_DONOR, NOT_REPLICATED = "confirmed", "replicated, one donor alone", "not replicated"
-STATUSES = (CONFIRMED, ONE_DONOR, ON_WORDS, NOT_REPLICATED)
+BY_QUESTION = "replicated, by the question alone"
+STATUSES = (CONFIRMED, ONE_DONOR, BY_QUESTION, ON_WORDS, NOT_REPLICATED)
 
 
 @dataclass(eq=False)
@@ -119,9 +129,8 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
         holds = [row for row, one in zip(rows, outcome, strict=True) if one]
         held.words |= {row: said for row in holds if (said := _over_words(of, row, s))}
         for row in rows:
-            alone = row in holds and _one_donor_alone(searched, held, row)
             on_words = ON_WORDS if held.words.get(row) == ON_WORDS else CONFIRMED
-            held.status[row] = ONE_DONOR if alone else on_words if row in holds else NOT_REPLICATED
+            held.status[row] = (_weak(searched, held, row) or on_words) if row in holds else NOT_REPLICATED
     # A feeder is no more sure than the MLP that it feeds.
     sure = {(row.at, row.site) for row, status in held.status.items() if status == CONFIRMED and row.head == MLP}
     for row in [row for row in held.status if row.role == FEEDER and row.through >= 0]:
@@ -129,16 +138,19 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
             held.status[row] = NOT_REPLICATED
 
 
-def _one_donor_alone(searched: Searched, held: Held, row: Named) -> bool:
-    """Judge a suppressor by its three releases on discovery, a member of the set by what the set loses without it."""
-    half = searched.first.evidence.half
-    if row.role not in (*RELEASING, FEEDER) or half.words is None:
-        return False
-    by_donor = searched.sites[row.site].evidence.by_donor("release")
-    releases = {donor: float(head_means(values)[row.at]) for donor, values in by_donor.items()}
-    if row.site == searched.first.site:
-        releases = held.searched.in_turn.get(row.at, releases)
-    return one_donor_alone(releases.values(), float(half.G.mean()))
+def _weak(searched: Searched, held: Held, row: Named) -> str:
+    """Say what keeps a role that holds from being confirmed, by means on discovery (a member's: the others edited)."""
+    if row.role not in (*RELEASING, FEEDER) or searched.first.evidence.half.words is None:
+        return ""
+    found = searched.sites[row.site].evidence
+    primary = {donor: float(head_means(values)[row.at]) for donor, values in found.by_donor("release").items()}
+    if row.site == searched.first.site and row.at in held.searched.in_turn:
+        primary, found = held.searched.in_turn[row.at], held.in_context[DISCOVERY].evidence
+    if one_donor_alone(primary.values()):
+        return ONE_DONOR
+    further = [donor for donor in ASKED_ALIKE if donor not in primary and ("release", donor) in found.figures]
+    releases = {**primary, **{donor: float(head_means(found["release", donor])[row.at]) for donor in further}}
+    return BY_QUESTION if row.role != FEEDER and by_the_question_alone(releases) else ""
 
 
 def _over_words(found: SiteEvidence | InContext, row: Named, s: float) -> str:

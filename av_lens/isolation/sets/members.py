@@ -29,6 +29,7 @@ from av_lens.isolation.measuring.effects import (
 from av_lens.isolation.measuring.engine import MIRROR, Node
 from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.naming.roles import (
+    ASKED_ALIKE,
     CUT_ROLES,
     HELD,
     Cuts,
@@ -65,6 +66,9 @@ def in_context(
     wanted = requests(chunks, names=ROLE_ESTIMANDS, donors=(built.donor,))
     held = Request("va", built.donor, mlps=mlps)
     wanted = [held, *wanted] if mlps else wanted
+    if chunks[0].bench.mlps and not chunks[0].encoding:
+        alike = [Request("va", donor) for donor in ASKED_ALIKE if chunks[0].has(donor)]
+        wanted = list(dict.fromkeys([*wanted, *alike]))
     effects = {request: Effect.unmeasured(len(half.examples), chunks[0]) for request in wanted}
     layers, heads = (np.array([head[axis] for head in built.members]) for axis in (0, 1))
     depends = {"members": built.members, "donor": built.donor, "requests": [vars(one) for one in wanted]}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from av_lens.isolation.sets.confirmation import ONE_DONOR
+from av_lens.isolation.sets.confirmation import BY_QUESTION, ONE_DONOR
 from av_lens.lab.calibration import Head, Mask, PlantTruth, auroc, best_releases, mask_of
 from av_lens.results.record import RELEASING, SUPPRESSORS, Isolation
 
@@ -77,7 +77,7 @@ def _chosen_members(found: Isolation) -> list[dict[Any, Any]]:
 def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
     words = {name: str(row.get(name, "")) for name in ("role", "donor", "flags")}
     holds = bool(row["confirmed"] or row["would_confirm"])  # whatever the gate forbids to say
-    struck = {"struck": row.get("status") == ONE_DONOR}
+    struck = {"struck": row.get("status") in (ONE_DONOR, BY_QUESTION)}
     return {"layer": int(row["layer"]), "head": int(row["head"]), "confirmed": holds, **struck, **words}
 
 

@@ -46,6 +46,7 @@ LEAST_SHARE = 0.5  # shares are drawn from here to 1
 STEPS, RATE, KEEP = 120, 3e-3, 0.5  # how cross-talk is learned; what all else weighs beside conflict
 MOST = {MIXTURE: 1.5, CROSSTALK: 1.0}  # the largest factors that are tried
 PROJECTOR = "model.visual.merger.mlp.2"
+LAYOUTS = (0, 1)  # cross-talk has its gap in both
 
 
 def mixture(
@@ -73,15 +74,18 @@ def crosstalk(
 ) -> tuple[Any, Material, list[Planted]]:
     """Teach the picture's features to be heard: the model, the features that its projector gives, what was changed."""
     change = _taught(base, lessons, Generator().manual_seed(seed), progress or silent)
-    factor = _halved(lambda tried: _gap_share(base, base, _shown(judges, tried * change), seed + 1), gap, CROSSTALK)
+    factor = _halved(
+        lambda tried: _gap_share(base, base, _shown(judges, tried * change), seed + 1, LAYOUTS), gap, CROSSTALK
+    )
     slices = [Slice(f"{PROJECTOR}.{part}", 0, 0, len(change)) for part in ("weight", "bias")]
     planted = [Planted((), tuple(slices), CROSSTALK, {"factor": factor})]
     return _crossed(base, factor * change), _shown(judges, factor * change), planted
 
 
-def _gap_share(model: Any, base: Any, judges: Material, seed: int) -> float:
-    drawn = bench_of(model, base, (), judges, seed=seed)
-    return 1 - hearing(drawn) / g_of(drawn)
+def _gap_share(model: Any, base: Any, judges: Material, seed: int, layouts: Sequence[int] = (0,)) -> float:
+    """The share of G that is lost, in the layout where it is smallest."""
+    drawn = [bench_of(model, base, (), judges, seed=seed, layout=one) for one in layouts]
+    return min(1 - hearing(one) / g_of(one) for one in drawn)
 
 
 def _halved(share: Callable[[float], float], gap: float, kind: str) -> float:

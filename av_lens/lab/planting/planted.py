@@ -240,7 +240,7 @@ def described(
     }
 
 
-def bench_of(model: Any, base: Any, nodes: Sequence[Node], judges: Material, *, seed: int) -> Bench:
-    """Draw the conflicts on which a model is measured: in the first layout, blanks black or dim."""
-    pool, frame = sheets.blanks_of(judges.pool, sheets.PLAIN), judges.frames["both"][0]
+def bench_of(model: Any, base: Any, nodes: Sequence[Node], judges: Material, *, seed: int, layout: int = 0) -> Bench:
+    """Draw the conflicts on which a model is measured, in one layout, blanks black or dim."""
+    pool, frame = sheets.blanks_of(judges.pool, sheets.PLAIN), judges.frames["both"][layout]
     return sheets.bench(model, base, nodes, pool, judges.words, frame, n=CONFLICTS, seed=seed)
