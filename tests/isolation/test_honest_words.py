@@ -17,9 +17,9 @@ from av_lens.cli import console
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Conflict
 from av_lens.isolation.measuring.behaviour import survey
-from av_lens.isolation.naming.roles import by_the_question_alone, one_donor_alone
 from av_lens.isolation.running import preparing
 from av_lens.isolation.running.verdicts import cut_sentence
+from av_lens.isolation.sets.confirmation import by_the_question_alone, one_donor_alone
 from av_lens.reports import write_report
 
 SUPPRESSORS = {(2, 0): "picture writer", (2, 1): "sound opponent", (0, 1): "gate"}

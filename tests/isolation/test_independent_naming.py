@@ -20,8 +20,8 @@ from av_lens.isolation.measuring.effects import ESTIMANDS
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming import evidence as searching
 from av_lens.isolation.naming.evidence import SiteEvidence, search
-from av_lens.isolation.naming.roles import HELD, Cuts, Evidence, confirm, family_size, one_donor_alone, run_tests
-from av_lens.isolation.sets.confirmation import _over_words
+from av_lens.isolation.naming.roles import HELD, Cuts, Evidence, confirm, family_size, run_tests
+from av_lens.isolation.sets.confirmation import _over_words, one_donor_alone
 from av_lens.results.dyadic import WORD, Dyadic
 from av_lens.results.statistics import holm
 

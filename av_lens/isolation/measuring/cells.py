@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from av_lens.inputs import AVInputs
+from av_lens.memory import Bounded
 from av_lens.results.exchanged import exchanged
 
 SUPPRESSED = ("sound", "picture")
+CELLS_BYTES = 1 << 28
 
 
 def mirrored_conflict(one: Any) -> Any:
@@ -46,3 +48,21 @@ class Cells:
         if name == "audio_only_v":
             return self._mirror[alone]
         return self._own[exchanged(name) if self._mirrored else name]
+
+
+class KeptCells:
+    """The cells of the conflicts that were asked for last, at most `CELLS_BYTES` of what was encoded of them."""
+
+    def __init__(self) -> None:
+        self._kept = Bounded[Cells](CELLS_BYTES)
+
+    def of(self, model: Any, conflict: Any, options: Mapping[str, Any], suppressed: str) -> Cells:
+        """Give a conflict's cells."""
+        clips = (
+            conflict.sound,
+            conflict.picture,
+            conflict.third,
+        )  # the cells hold them: nobody else gets their numbers
+        asked = conflict.question if options["question"] is None else options["question"]
+        key = (conflict.id, *map(id, clips), asked, getattr(conflict, "prefix", ""), suppressed)
+        return self._kept.once(key, lambda: Cells(model, conflict, options, suppressed=suppressed))

@@ -30,9 +30,8 @@ from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name, weight_of
 from av_lens.inputs import AVInputs
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
-from av_lens.isolation.measuring.cells import Cells
+from av_lens.isolation.measuring.cells import Cells, KeptCells
 from av_lens.isolation.measuring.scoring import Edited, divisor
-from av_lens.memory import Bounded
 from av_lens.metrics.forms import followed
 from av_lens.replay.branches import Branches
 from av_lens.replay.recording import record_bytes
@@ -110,8 +109,8 @@ class Recording:
     @property
     def trace_bytes(self) -> int:
         """How much memory its trace takes, where it has one."""
-        kept = () if self.trace is None else (*self.trace.resid, *self.trace.keys, *self.trace.values)
-        return sum(part.nbytes for part in kept)
+        trace = self.trace
+        return 0 if trace is None else sum(x.nbytes for x in (*trace.resid, *trace.keys, *trace.values))
 
     @property
     def nbytes(self) -> int:
@@ -173,8 +172,8 @@ class _Keeping(Taps):
         return found
 
 
-STREAM_BYTES, TRACE_BYTES, KEPT_BYTES, CELLS_BYTES = 2.5e8, 4e9, 5e8, 1 << 28
-"""Memory for the streams of plans that run together; the trace of one stack; one that is not made again; cells."""
+STREAM_BYTES, TRACE_BYTES, KEPT_BYTES = 2.5e8, 4e9, 5e8
+"""Memory for the streams of plans that run together; for the trace of one stack; for one that is not made again."""
 
 
 class ModelEngine:
@@ -195,7 +194,7 @@ class ModelEngine:
         if is_packed(model.hf_model):  # heads are told by what they write
             weight_of(layer_of(model, 0).o)
         self.cell_options = dict(cells or {})
-        self._cells = Bounded[Cells](CELLS_BYTES)
+        self._cells = KeptCells()
         self.n_layers, self.n_heads = int(model.spec.n_layers), int(model.spec.n_heads)
 
     @cached_property
@@ -206,10 +205,7 @@ class ModelEngine:
     def cells(self, conflict: Any, question: str | None) -> Cells:
         """Give a conflict's cells, asked its own question (None) or another; those used last are kept encoded."""
         options = {"question": question, "layout": self.layout, "keep_clips": False, **self.cell_options}
-        asked = conflict.question if question is None else question
-        clips = (conflict.sound, conflict.picture, conflict.third)  # held by the cells: nobody else gets their numbers
-        key = (conflict.id, *map(id, clips), asked, getattr(conflict, "prefix", ""), self.suppressed)
-        return self._cells.once(key, lambda: Cells(self.model, conflict, options, suppressed=self.suppressed))
+        return self._cells.of(self.model, conflict, options, self.suppressed)
 
     def together(self, inputs: AVInputs) -> int:
         """Say how many examples fit into one stack: their trace must stay within `TRACE_BYTES`."""

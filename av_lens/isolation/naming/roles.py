@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,9 +19,6 @@ DIRECT_CUT = DAMAGE_CUT = HELD_CUT = ENCODES_CUT = 0.5
 ALL_NODES = 64
 """Up to so many nodes are all measured; above, those that a screen chooses."""
 WRITE_CUT = 0.25
-MOST_OF_LARGEST = 0.5
-ASKED_ALIKE = ("blank_muted", "audio_only", "mean_task")
-"""The donors that were asked the same question."""
 HELD = "release with the named MLPs held"
 """At the first token, as direct shares; only heads before a named MLP have it."""
 PARTS = {
@@ -331,19 +328,6 @@ def suppressor_role(cuts: Cuts, at: Node, passes: Mapping[str, bool]) -> str:
 
 CUT_ROLES = (*SUPPRESSORS, FEEDER)
 """Roles that cuts tell apart."""
-
-
-def one_donor_alone(releases: Iterable[float]) -> bool:
-    """Say whether a role rests on one donor alone, by a node's mean releases by the primary donors on discovery."""
-    largest, second = sorted((one for one in (*releases, -np.inf, -np.inf) if not np.isnan(one)), reverse=True)[:2]
-    return bool(second < MOST_OF_LARGEST * largest)
-
-
-def by_the_question_alone(releases: Mapping[str, float]) -> bool:
-    """Say whether a release comes only where another question is put in, by means on discovery of all known donors."""
-    known = {donor: value for donor, value in releases.items() if not np.isnan(value)}
-    alike = [known[donor] for donor in ASKED_ALIKE if donor in known]
-    return bool(alike) and max(alike) < MOST_OF_LARGEST * max(known.values())
 
 
 def classify(

@@ -6,7 +6,7 @@ largest single release, edited together, give half of the gap? If the curve is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +18,14 @@ from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather, hold
 from av_lens.isolation.naming.roles import (
-    ASKED_ALIKE,
     CARRIERS,
     Named,
-    by_the_question_alone,
     confirm,
     head_means,
-    one_donor_alone,
     run_tests,
 )
 from av_lens.isolation.sets.matching import RANDOM_SETS, random_sets
-from av_lens.isolation.sets.members import InContext, in_context, member_roles, member_rows
+from av_lens.isolation.sets.members import ASKED_ALIKE, InContext, in_context, member_roles, member_rows
 from av_lens.isolation.sets.search import SearchedSets, search_sets
 from av_lens.isolation.sets.sets import BuiltSet, SetEffect, controls, cumulative, head_names, release_of_sets
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
@@ -42,6 +39,7 @@ FEWEST_WORDS = 8
 ON_WORDS, UNTESTED = "on these words", "untested over words"
 CONFIRMED, ONE_DONOR, NOT_REPLICATED = "confirmed", "replicated, one donor alone", "not replicated"
 BY_QUESTION = "replicated, by the question alone"
+MOST_OF_LARGEST = 0.5
 STATUSES = (CONFIRMED, ONE_DONOR, BY_QUESTION, ON_WORDS, NOT_REPLICATED)
 
 
@@ -136,6 +134,19 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
     for row in [row for row in held.status if row.role == FEEDER and row.through >= 0]:
         if ((row.through, MLP), row.site) not in sure:
             held.status[row] = NOT_REPLICATED
+
+
+def one_donor_alone(releases: Iterable[float]) -> bool:
+    """Say whether a role rests on one donor alone, by a node's mean releases by the primary donors on discovery."""
+    largest, second = sorted((one for one in (*releases, -np.inf, -np.inf) if not np.isnan(one)), reverse=True)[:2]
+    return bool(second < MOST_OF_LARGEST * largest)
+
+
+def by_the_question_alone(releases: Mapping[str, float]) -> bool:
+    """Say whether a release comes only where another question is put in, by means on discovery of all known donors."""
+    known = {donor: value for donor, value in releases.items() if not np.isnan(value)}
+    alike = [known[donor] for donor in ASKED_ALIKE if donor in known]
+    return bool(alike) and max(alike) < MOST_OF_LARGEST * max(known.values())
 
 
 def _weak(searched: Searched, held: Held, row: Named) -> str:

@@ -29,7 +29,6 @@ from av_lens.isolation.measuring.effects import (
 from av_lens.isolation.measuring.engine import MIRROR, Node
 from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.naming.roles import (
-    ASKED_ALIKE,
     CUT_ROLES,
     HELD,
     Cuts,
@@ -41,6 +40,9 @@ from av_lens.isolation.naming.roles import (
 )
 from av_lens.isolation.sets.search import SearchedSets
 from av_lens.isolation.sets.sets import BuiltSet, SetReleases, cumulative
+
+ASKED_ALIKE = ("blank_muted", "audio_only", "mean_task")
+"""The donors that were asked the same question."""
 
 
 @dataclass(frozen=True, eq=False)
