@@ -246,19 +246,19 @@ def test_the_fresh_models_are_fixed_before_the_first_is_made(
     with pytest.raises(InputError, match=r"line 2 of .* asks for base 1 and 1 were given.*a --base for each"):
         plantbench.run_plantbench(out=out, fresh=listed, bases=bases[:1])
     found = plantbench.run_plantbench(out=out, fresh=listed, bases=bases)
-    writers = out / "planted" / "writers-b0-L4-s200000"
+    writers = out / "planted" / "writers-b0-L4-s300000"
     assert planted == [
-        ("writers", {"base": bases[0], "seed": 200_000, "layer": 4}),
-        ("mixture", {"base": bases[0], "seed": 200_002, "gap": 0.4, "of": [str(writers)]}),
+        ("writers", {"base": bases[0], "seed": 300_000, "layer": 4}),
+        ("mixture", {"base": bases[0], "seed": 300_002, "gap": 0.4, "of": [str(writers)]}),
     ]
-    assert [Path(one).name for one in staged] == ["writers-b0-L4-s200000", bases[1], "mixture-b0-s200002"]
+    assert [Path(one).name for one in staged] == ["writers-b0-L4-s300000", bases[1], "mixture-b0-s300002"]
     assert found.criteria["fresh"][0] == "writers 0 4"
-    assert found.missing == ["gates-b0-L1-s200003 (cannot be made: there is no room.)"]
-    assert "Not scored: gates-b0-L1-s200003 (cannot" in plantbench_pages.header_line(plantbench_pages.record_of(found))
+    assert found.missing == ["gates-b0-L1-s300003 (cannot be made: there is no room.)"]
+    assert "Not scored: gates-b0-L1-s300003 (cannot" in plantbench_pages.header_line(plantbench_pages.record_of(found))
     shutil.rmtree(out / "planted")  # what is scored need not be there; a mixture's parts must
     plantbench.run_plantbench(out=out, fresh=listed, bases=bases)
     assert (len(planted), len(staged)) == (2, 3)
-    (out / "models" / "mixture-b0-s200002.json").unlink()
+    (out / "models" / "mixture-b0-s300002.json").unlink()
     plantbench.run_plantbench(out=out, fresh=listed, bases=bases)
     assert [kind for kind, _ in planted[2:]] == ["writers", "mixture"]
     assert len(staged) == 4

@@ -217,7 +217,7 @@ def tables(record: Mapping[str, Any]) -> list[tuple[str, Table]]:
         ("Precision at k by what was planted", groups_table(models, "precision at k")),
         ("`isolate` by what was planted", (["row", "planted", *RIGHT], by_rule)),
         ("Where nothing is to be found", nulls_table(models)),
-        ("One donor alone does not confirm", donors_table(models)),
+        ("What one donor alone and the question alone strike", donors_table(models)),
         ("Fell short of what planting asks", models_table(chosen(models, "short"))),
         ("Model by model", models_table([one for one in models if one not in chosen(models, "short")])),
     ]
@@ -278,7 +278,7 @@ def nulls_table(models: Sequence[Summary]) -> Table:
 
 
 def donors_table(models: Sequence[Summary]) -> Table:
-    """Tabulate what the rule of one donor strikes: false names, and true ones."""
+    """Tabulate what the rules of one donor and of the question strike: false names, and true ones."""
     rows: list[list[str]] = []
     for rule, group in ((rule, group) for rule in RULES for group in ("planted", "null") if chosen(models, group)):
         columns = ("struck false", "confirmed false", "struck true", "confirmed named")
