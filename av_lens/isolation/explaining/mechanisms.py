@@ -5,8 +5,6 @@ the key; "read evenly" is what one unit of attention spread evenly over the role
 have one layout, so rotary positions agree and keys can be exchanged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product

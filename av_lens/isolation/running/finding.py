@@ -4,8 +4,6 @@ A member of the chosen set that no single release would have named stands in the
 while the others are edited ("release in the set").
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

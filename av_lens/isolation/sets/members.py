@@ -5,8 +5,6 @@ is measured in the run in which S without h is edited: its release there is rele
 q and no max-T p, as it was found by a search and not by a test.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

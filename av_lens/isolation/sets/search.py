@@ -4,8 +4,6 @@ First edition: above 64 heads all are measured, and the candidates are the 40 of
 attention of the generation position to the video (mean over `va`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations
