@@ -36,12 +36,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from av_lens.errors import InputError, ModelError, unknown
-from av_lens.families.blocks import (
-    FullBlockBridge,
-    RealAttentionBridge,
-    RealRMSNormBridge,
-    install_embed_hook,
-)
+from av_lens.families.blocks import FullBlockBridge, RealAttentionBridge, RealRMSNormBridge, install_embed_hook
 from av_lens.families.fused import take_apart
 from av_lens.spans import ROLES
 

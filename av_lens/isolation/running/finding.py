@@ -18,14 +18,7 @@ from av_lens.isolation.naming.evidence import Searched, SiteEvidence
 from av_lens.isolation.naming.roles import CARRIERS, LEVEL, Evidence, Named, head_means
 from av_lens.isolation.running import preparing
 from av_lens.isolation.running.preparing import Run
-from av_lens.isolation.running.verdicts import (
-    always_on,
-    claimed,
-    counts_above,
-    crossing_half,
-    cut_sentence,
-    power,
-)
+from av_lens.isolation.running.verdicts import always_on, claimed, counts_above, crossing_half, cut_sentence, power
 from av_lens.isolation.sets.confirmation import CONFIRMED, NOT_REPLICATED, ONE_DONOR, Held
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.exchanged import exchanged_key, exchanged_rows

@@ -26,16 +26,7 @@ from av_lens.isolation.measuring.effects import (
 )
 from av_lens.isolation.measuring.engine import MIRROR, Node
 from av_lens.isolation.measuring.halves import Half, columns
-from av_lens.isolation.naming.roles import (
-    CUT_ROLES,
-    HELD,
-    Cuts,
-    Evidence,
-    Named,
-    Tests,
-    run_tests,
-    suppressor_role,
-)
+from av_lens.isolation.naming.roles import CUT_ROLES, HELD, Cuts, Evidence, Named, Tests, run_tests, suppressor_role
 from av_lens.isolation.sets.search import SearchedSets
 from av_lens.isolation.sets.sets import BuiltSet, SetReleases, cumulative
 
