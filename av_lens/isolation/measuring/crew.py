@@ -104,8 +104,7 @@ class Crew:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
-            with suppress(OSError):
-                self._tell()
+            self._tell()
 
     def _tell(self) -> None:
         with suppress(OSError):
