@@ -1,7 +1,5 @@
 """The commands, each a thin door to one function: arguments in, progress bars while it works, a table at the end."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any

@@ -36,12 +36,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from av_lens.errors import InputError, ModelError, unknown
-from av_lens.families.blocks import (
-    FullBlockBridge,
-    RealAttentionBridge,
-    RealRMSNormBridge,
-    install_embed_hook,
-)
+from av_lens.families.blocks import FullBlockBridge, RealAttentionBridge, RealRMSNormBridge, install_embed_hook
 from av_lens.families.fused import take_apart
 from av_lens.spans import ROLES
 
@@ -246,11 +241,16 @@ class WithMedia:
         for kind, tensor in self.media_tensors.items():
             missing = kwargs.get(tensor) is None and kwargs.get("mm_encoder_outputs") is None
             if missing and bool((ids == getattr(self.config, f"{kind}_token_id")).any()):
-                raise InputError(
-                    f"these ids hold placeholders of {kind}, but {tensor} did not come with them: the model would read "
-                    "bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that take ids. "
-                    "(TransformerLens's generate hands media on with the cache alone: leave use_past_kv_cache on.)"
-                )
+                raise bare_placeholders(kind, tensor)
+
+
+def bare_placeholders(kind: str, tensor: str) -> InputError:
+    """What is told where ids hold placeholders and their media are missing."""
+    return InputError(
+        f"these ids hold placeholders of {kind}, but {tensor} did not come with them: the model would read bare "
+        "placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that take ids. (TransformerLens's "
+        "generate hands media on with the cache alone: leave use_past_kv_cache on.)"
+    )
 
 
 class Continued(WithMedia):

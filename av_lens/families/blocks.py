@@ -5,13 +5,11 @@ keeps the stream in a local variable. Here the layer's arithmetic is written out
 is the stream after the media are scattered in; else decompositions would miss them.
 
 Outputs that TransformerLens recomputes as sums over heads (`hook_result`, input forks) are *differences* here: the
-exact output, plus what an edit changed. Nothing edited means nothing moved, in any precision.
-
-Where a layer's scores would pass the budget, and no hook looks at them, the queries are taken in blocks; gradients then
-recompute each block. Where a hook asks for all scores, the run is refused.
+exact output, plus what an edit changed. Nothing edited means nothing moved, in any precision. What happens where a
+layer's scores would pass the budget: `docs/hooks.md`.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -118,15 +116,19 @@ class RealRMSNormBridge(RMSNormalizationBridge):
         stream = self.hook_in(hidden_states.to(weight.device))
         wide = stream.to(torch.float32)
         variance = wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon
-        if self.hook_scale.has_hooks():
-            scale = variance.sqrt()
-            fixed = scale.detach().clone()
-            # rsqrt enters as a constant: the gradient of the scale flows through the hook alone.
-            wide = wide * torch.rsqrt(variance.detach()) * (fixed / self.hook_scale(scale))
-        else:
-            wide = wide * torch.rsqrt(variance)
-        normalized = self.hook_normalized(wide)
+        normalized = self.hook_normalized(self.scaled(wide, variance, torch.rsqrt))
         return self.hook_out(weight * normalized.to(stream.dtype))
+
+    def scaled(
+        self, wide: torch.Tensor, variance: torch.Tensor, inverse: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Divide by the variance's root, the scale that the hook shows; `inverse` is how the family computes 1 / it."""
+        if not self.hook_scale.has_hooks():
+            return wide * inverse(variance)
+        scale = variance.sqrt()
+        fixed = scale.detach().clone()
+        # The inverse enters as a constant: the gradient of the scale flows through the hook alone.
+        return wide * inverse(variance.detach()) * (fixed / self.hook_scale(scale))
 
 
 BUDGET_GB = 8.0

@@ -2,9 +2,7 @@
 
     stream = (stream + norm(attn(ln1(stream))) + norm(mlp(ln2(.))) + norm(W_2 (act(W_1 .) * own))) * scalar
 
-Keys are normed and rotated, values normed without a weight. Where both are one projection, `hook_k` stands at it, and
-there is no `hook_v`. Experts stand beside the plain MLP and read the stream by norms of their own; `hook_mlp_out` is
-what both write.
+Keys are normed and rotated, values normed without a weight. Experts read the stream by norms of their own.
 """
 
 from collections.abc import Mapping
@@ -30,13 +28,7 @@ class Gemma4NormBridge(RealRMSNormBridge):
         stream = self.hook_in(hidden_states)
         wide = stream.float()
         variance = wide.pow(2).mean(-1, keepdim=True) + norm.eps
-        if self.hook_scale.has_hooks():
-            scale = variance.sqrt()
-            fixed = scale.detach().clone()
-            wide = wide * torch.pow(variance.detach(), -0.5) * (fixed / self.hook_scale(scale))
-        else:
-            wide = wide * torch.pow(variance, -0.5)
-        normalized = self.hook_normalized(wide)
+        normalized = self.hook_normalized(self.scaled(wide, variance, lambda one: torch.pow(one, -0.5)))
         return self.hook_out((normalized * norm.weight.float() if norm.with_scale else normalized).type_as(stream))
 
 

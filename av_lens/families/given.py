@@ -197,10 +197,7 @@ class Given:
         """
         if not Path(path).is_file():
             raise InputError(f"no such file: {path}. {near_file(path)}")
-        with (
-            foreign_file(path, "a saved Given", mend=_AGAIN),
-            safe_open(path, framework="pt") as opened,
-        ):
+        with foreign_file(path, "a saved Given", mend=_AGAIN), safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             kind, version = metadata.get("schema"), metadata.get("schema_version")
             if (kind, version) != (SCHEMA, SCHEMA_VERSION):

@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from av_lens.errors import InputError
+from av_lens.families.adapter import bare_placeholders
 
 WORDS = {"audio": "sound", "image": "picture", "video": "video"}
 
@@ -70,12 +71,7 @@ class Counted:
             tokens = (ids == placeholder(self.config, kind)).sum(-1)
             if kwargs.get(tensor) is None:
                 if bool(tokens.any()):
-                    raise InputError(
-                        f"these ids hold placeholders of {kind}, but {tensor} did not come with them: the model would "
-                        "read bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that "
-                        "take ids. (TransformerLens's generate hands media on with the cache alone: leave "
-                        "use_past_kv_cache on.)"
-                    )
+                    raise bare_placeholders(kind, tensor)
                 continue
             ends, told = given[kind].cumsum(0).tolist(), tokens.cumsum(0).tolist()
             if told[-1] != ends[-1] or not {*told} <= {0, *ends}:  # an example's tokens end where one of its media does

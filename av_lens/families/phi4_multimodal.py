@@ -108,10 +108,7 @@ class Phi4Media(QwenMedia):
     @classmethod
     def placeholders(cls, config: Any) -> dict[str, int]:
         """As the towers' configurations say."""
-        return {
-            "audio": int(config.audio_config.audio_token_id),
-            "image": int(config.vision_config.image_token_id),
-        }
+        return {"audio": int(config.audio_config.audio_token_id), "image": int(config.vision_config.image_token_id)}
 
     @classmethod
     def clock_rate(cls, config: Any) -> float:
@@ -176,10 +173,7 @@ Phi4MultimodalAdapter = decoder_adapter(
     },
     media={"audio": "audio_input_features", "image": "image_pixel_values"},
     inner=Seeing,
-    fused={
-        "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-        "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-    },
+    fused={"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")},
 )
 
 FAMILY = Family(

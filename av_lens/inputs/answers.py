@@ -150,6 +150,14 @@ def resolve(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None
     return Answer(" / ".join(map(str, synonyms)), tuple(options if tokenizer is None else dict.fromkeys(options)))
 
 
+def appended(tokenizer: Any, answer: AnswerLike | Answer | None) -> tuple[tuple[int, ...], ...]:
+    """The answer that an input goes on with: its tokens, the one option that it may have, or none."""
+    options = () if answer is None else resolve(tokenizer, answer).options
+    if len(options) > 1:
+        raise InputError(f"answer= appends one answer, and {answer!r} lists {len(options)} synonyms; choose one")
+    return options
+
+
 def _ids(tokenizer: Any, synonym: str | int, form: str | None) -> tuple[int, ...]:
     if tokenizer is None:
         if isinstance(synonym, str):

@@ -8,8 +8,6 @@ Source: the exchange of least alike captions is the design of "Do Audio-Visual L
 Hear?" (2026); scipy.optimize.linear_sum_assignment.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -26,7 +26,7 @@ from av_lens.errors import InputError, ModelError, unknown
 from av_lens.families.given import Given
 from av_lens.families.media_layout import Media, MediaLayout
 from av_lens.families.registry import family_of
-from av_lens.inputs.answers import Answer, AnswerLike, Grammar, resolve
+from av_lens.inputs.answers import Answer, AnswerLike, Grammar, appended
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.media.arrays import MediaBudgetError
 from av_lens.media.clip import Clip
@@ -296,11 +296,7 @@ class Encoder:
         layout.require_frame_rate(how.fps, interleaved=sound == "in_video")
         asked = question if self.grammar is None else self.grammar.match(question)
         media = Media() if clip is None else layout.media(clip, picture=picture, sound=sound, fps=how.fps)
-        answers = () if how.answer is None else resolve(tokenizer, how.answer).options
-        if len(answers) > 1:
-            raise InputError(
-                f"answer= appends one answer, and {how.answer!r} lists {len(answers)} synonyms; choose one"
-            )
+        answers = appended(tokenizer, how.answer)
         expansions = layout.expansions(media)
         kinds = (*((picture,) if picture else ()), *(("audio",) if sound == "separate" else ()))
         prompt = self._prompts.once(

@@ -5,8 +5,6 @@ without a file is known by its sound and by its picture. A source is called by i
 the file, window) of its clips.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

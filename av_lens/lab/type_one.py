@@ -1,11 +1,8 @@
 """How often do the tests of `isolate` find what is not there, and what is there? By simulation, over designs.
 
-Every draw gives each conflict y = mu + the effects of its sources + its own part (variance 1), all of a row's skewness
-(a shifted gamma distribution; normal where 0); a source has one effect whether it is heard or seen. Type I error where
-mu = 0, power where mu = .5. The disjoint design is tested by t' with every component one source, by sign flips, and by
-the rule that `isolate` uses; the others by the dyadic t'. The last design has 12 words for sources.
-
-A row is measured once: `OUT/rows.json` keeps it under its settings and the hash of the rules' code.
+What is drawn and tested: `docs/type_one.md`. Skewed numbers are a shifted gamma distribution's; a source has one effect
+whether it is heard or seen; the last design has 12 words for sources. A row is measured once: `OUT/rows.json` keeps it
+under its settings and the hash of the rules' code.
 """
 
 import ast

@@ -86,13 +86,7 @@ def mp4_bytes(
 
 
 def _picture_packets(
-    container: Any,
-    frames: np.ndarray,
-    times: np.ndarray,
-    base: Fraction,
-    end: float,
-    crf: float,
-    max_side: int | None,
+    container: Any, frames: np.ndarray, times: np.ndarray, base: Fraction, end: float, crf: float, max_side: int | None
 ) -> Iterator[tuple[float, list[Any]]]:
     import av
     from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter

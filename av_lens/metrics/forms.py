@@ -24,16 +24,7 @@ from av_lens.core.budget import input_stacks, listed, that_fit
 from av_lens.core.execution import logits_of
 from av_lens.core.readings import Recorded
 from av_lens.errors import InputError, unknown
-from av_lens.inputs.answers import (
-    FORMS,
-    Answer,
-    AnswerLike,
-    forms_of,
-    in_form,
-    resolve,
-    spelled,
-    words_of,
-)
+from av_lens.inputs.answers import FORMS, Answer, AnswerLike, forms_of, in_form, resolve, spelled, words_of
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 

@@ -35,7 +35,7 @@ from av_lens.families.decoder import as_forward
 from av_lens.families.given import Given, GivenAxes
 from av_lens.families.registry import build_bridge, family_of
 from av_lens.families.text_decoders import TextMedia
-from av_lens.inputs.answers import resolve
+from av_lens.inputs.answers import appended
 from av_lens.inputs.encoder import Asked, Encoder, choose, refuse_special
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.media.clip import Clip
@@ -183,11 +183,7 @@ class BroughtEncoder(Encoder):
             ids: list[int] = tokenizer(how.prefix, add_special_tokens=False)["input_ids"]
             given = given.followed(self._embedded(torch.tensor(ids)), ids, self._decoded(np.array(ids)))
         made = self._inputs(given, clip, given.question or question, how)
-        answers = () if how.answer is None else resolve(tokenizer, how.answer).options
-        if len(answers) > 1:
-            raise InputError(
-                f"answer= appends one answer, and {how.answer!r} lists {len(answers)} synonyms; choose one"
-            )
+        answers = appended(tokenizer, how.answer)
         return made.continued(torch.tensor([answers[0]]), self._decoded(np.array(answers[0]))) if answers else made
 
     @torch.no_grad()

@@ -22,12 +22,7 @@ import torch
 from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names
 from av_lens.core.calls import is_packed
 from av_lens.core.modes import cast, free_bytes
-from av_lens.core.placement import (
-    require_known_packing,
-    require_movable,
-    require_weights,
-    require_whole_layers,
-)
+from av_lens.core.placement import require_known_packing, require_movable, require_weights, require_whole_layers
 from av_lens.errors import ModelError
 from av_lens.families.registry import HOW_TO_ADD, Family, build_bridge, family_of
 from av_lens.families.weights import LOAD_PLAIN

@@ -4,8 +4,6 @@ A is open, B filled, the change's interval drawn at B, the dotted line A's thres
 where the model hears more for it and vermilion where it hears less. What was not measured has no mark.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from av_lens import colours

@@ -1,9 +1,8 @@
 """Generation from a recorded run: the prompt's keys and values are there already, so only new tokens are computed.
 
-Greedy tokens equal those of `model.generate(x, plan=plan)`: HuggingFace's own treatment of logits, ends and length, and
-rotary tables at the positions that it goes on to count. Sampling draws from one generator for each plan, of the seed
-and the plan's number, so that a plan's draws do not depend on which plans run beside it. Plans that cannot be
-restarted, and inputs whose mask or rotary tables are not the plainly continued ones, run hooked.
+What equals `model.generate`, and how sampling draws: `docs/replay.md`. HuggingFace's own treatment of logits, ends and
+length is used, and rotary tables at the positions that it goes on to count; inputs whose mask or rotary tables are not
+the plainly continued ones run hooked, as plans do that cannot be restarted.
 
 Source: HuggingFace's generation loop (`GenerationMixin._sample`), cascade attention (Ye et al., FlashInfer, 2024).
 """

@@ -9,9 +9,8 @@ hooked run's own, in its order, so that an edit which changes nothing changes no
 products do not depend on how many rows are multiplied together). *Flash*: `cascade` as in float32, whose rounding is
 finer but not the same: an edit which changes nothing moves logits by their last places.
 
-A restart must first reproduce a hooked run (`traces.record`). From then on the same arithmetic makes the records too,
-that first one included, so that no number depends on what was recorded before. Eager records of lower precision are
-made with hooks: a restart keeps to their order.
+A restart must first reproduce a hooked run, and then makes the records too (`traces.record`, `docs/replay.md`). Eager
+records of lower precision are made with hooks: a restart keeps to their order.
 """
 
 from collections.abc import Callable, Iterator, Sequence

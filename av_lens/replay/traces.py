@@ -1,10 +1,8 @@
 """A recorded run that can be restarted anywhere, proved against the model's own: many plans for a few layers' price.
 
-Replays equal hooked full forwards to 1e-5 in float32, and every edit must fire as often, or the replay raises. A
-model's first trace is made with hooks and proves this (`fault`). Where that fails, where functions of the caller's
-stand on the fusion stack, and for edits where no restart is possible, hooked forwards are run, and
-`trace.hooked_because` says why. Answers of several tokens are run after the prompt side by side (`branches`); where
-edits act on the answer too, or something keeps the answers apart, once for each option.
+What is proved (`fault`), and where hooked forwards are run instead: `docs/replay.md`. Answers of several tokens are run
+after the prompt side by side (`branches`); where edits act on the answer too, or something keeps the answers apart,
+once for each option.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """What the search found beside the heads, as sections of plain tables; one without rows is left out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """A comparison of two checkpoints as one page, in the look of an isolation's: verdict, figure, tables, provenance."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

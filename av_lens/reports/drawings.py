@@ -1,7 +1,5 @@
 """The page's figures, each with its numbers as a table; clips to play, and how the method did where truth was known."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Mapping

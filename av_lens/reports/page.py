@@ -1,7 +1,5 @@
 """A finding as one page that a newcomer reads from top to bottom, and that loads nothing; and as a folder."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The words and figures in which the page says what the record's tables hold; its template speaks with these."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

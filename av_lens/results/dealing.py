@@ -9,8 +9,6 @@ Example:
     ```
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """The mirrored question in words and names: sound and picture, hearing and seeing change places, both ways."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -14,8 +14,6 @@ Example:
     ```
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

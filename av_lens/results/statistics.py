@@ -261,11 +261,7 @@ class Harm:
 
 
 def non_inferiority(
-    before: Float[np.ndarray, " example"],
-    after: Float[np.ndarray, " example"],
-    boot: Bounding,
-    *,
-    margin: float = 0.05,
+    before: Float[np.ndarray, " example"], after: Float[np.ndarray, " example"], boot: Bounding, *, margin: float = 0.05
 ) -> Harm:
     """Bound how much an edit lowers a rate."""
     known = ~(np.isnan(before) | np.isnan(after))

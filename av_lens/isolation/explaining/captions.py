@@ -1,7 +1,5 @@
 """Asked to describe the clip, does the model name what sounds once the set is edited? Protocol section 8."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ changed; *queries* and *joint* patch all receivers in one run 4. Positive: that 
 need not be a run of their own (`zero`, means), so the runs of `methods.path_patching` are made here from `replay.held`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

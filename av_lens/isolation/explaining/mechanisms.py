@@ -5,8 +5,6 @@ the key; "read evenly" is what one unit of attention spread evenly over the role
 have one layout, so rotary positions agree and keys can be exchanged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -275,12 +273,7 @@ def drive_in_words(share: np.ndarray, moved: np.ndarray) -> str:
 
 
 def _path_rows(
-    half: Half,
-    values: np.ndarray,
-    found: Sequence[Subject],
-    base: str,
-    heads: Sequence[Node],
-    mlps: Sequence[int],
+    half: Half, values: np.ndarray, found: Sequence[Subject], base: str, heads: Sequence[Node], mlps: Sequence[int]
 ) -> Iterator[Row]:
     names = knowledge.path_columns(heads, mlps)
     joint = np.nan_to_num(values[:, :, names.index(knowledge.JOINT)]) if heads else 0.0

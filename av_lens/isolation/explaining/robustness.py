@@ -4,8 +4,6 @@ A head's role *turned* where it is named both times, by another role. Sampled si
 the first step of the false discovery rate's ladder at one site.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

@@ -8,8 +8,6 @@ keys that hold no media; *the sound's* is the same queries deaf. `mass` of a cut
 to these queries, of an equal-mass control what it removes over what the cut removes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -6,8 +6,6 @@ donor gave them, a vector for each role (what decoding adds: the generation posi
 own donors, so the plan is measured anew on confirmation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Does the model hear, and does seeing keep it from saying so? Which answers are scored; protocol sections 1 and 2."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

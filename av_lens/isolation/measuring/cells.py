@@ -1,7 +1,5 @@
 """A conflict's cells by the names that the search has for them (`results.exchanged`), and the mirrored conflict."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from av_lens.errors import FileError
 from av_lens.whole_files import make_folder, write_whole
 
 WORKERS, CLAIM = "workers", ".claim"
@@ -63,25 +64,26 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        with suppress(OSError):
+        with suppress(OSError, FileError):
             self._place.unlink(missing_ok=True)
 
     def claim(self, place: Path, name: str) -> bool:
         """Claim a measurement, also from a worker that is dead; False where a living one has it."""
         claim = _claim_of(place)
-        with suppress(OSError):
+        with suppress(OSError, FileError):
             make_folder(place.parent)
         try:
             with claim.open("x", encoding="utf-8") as file:
                 file.write(self.name)
         except FileExistsError:
             try:
-                owner = claim.read_text("utf-8")
+                owner, age = claim.read_text("utf-8"), self._place.stat().st_mtime - claim.stat().st_mtime
             except OSError:  # let go just now
                 return False
-            if owner != self.name and self.alive(owner or self.name):
+            # One that holds no name was begun just now, or by a worker that died of it.
+            if (age < SILENT) if not owner else (owner != self.name and self.alive(owner)):
                 return False
-            with suppress(OSError):  # another may take it over too: both write the same
+            with suppress(OSError, FileError):  # another may take it over too: both write the same
                 claim.write_text(self.name, "utf-8")
         except OSError:  # a full disk says so when the measurement is kept
             return True
@@ -91,7 +93,7 @@ class Crew:
     def release(self, place: Path, *, made: bool) -> None:
         """Let go of a claim."""
         self._doing, self._made = "", self._made + made
-        with suppress(OSError):
+        with suppress(OSError, FileError):
             _claim_of(place).unlink(missing_ok=True)
 
     def alive(self, name: str) -> bool:
@@ -104,11 +106,10 @@ class Crew:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
-            with suppress(OSError):
-                self._tell()
+            self._tell()
 
     def _tell(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError, FileError):
             said = {"since": self._since, "doing": self._doing, "made": self._made}
             write_whole(self._place, json.dumps(said))
 
@@ -136,7 +137,7 @@ def workers_of(folder: Path) -> list[Worker]:
     """List the workers that were heard of in a run's folder."""
     found: list[Worker] = []
     for place in sorted((folder / WORKERS).glob("[!.]*")):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, FileError, ValueError):
             said, seen = json.loads(place.read_text("utf-8")), place.stat().st_mtime
             alive = time.time() - seen < SILENT and _here(place.name)
             found.append(Worker(place.name, alive, said["doing"], said["made"], said["since"], seen))

@@ -7,8 +7,6 @@ edited layer and position; `how="hooks"` runs the whole model again for every pl
 reference. With the norm frozen reading out is linear.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence

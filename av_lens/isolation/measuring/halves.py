@@ -1,7 +1,5 @@
 """One half's conflicts that are analysed, and how their figures are bounded: means, shares of G, columns of tables."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The search on discovery: every node's effects at every site, their tests, and who is named."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -7,8 +7,6 @@ saturated, and a node that it misses is missed. Answers of several tokens are di
 bounds the chance that stopping early loses a node which is found four times in five.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product

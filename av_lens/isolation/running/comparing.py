@@ -1,7 +1,5 @@
 """`compare`: did training repair it, and in the same nodes? Two checkpoints on one manifest; protocol section 8."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

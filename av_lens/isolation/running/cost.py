@@ -5,8 +5,6 @@ The probe prices a *cell* (encode, run, read) and an *edit* (one head, replayed 
 found (sets, cards) it is what av-tiny took, on which a slow test holds the estimate to 30%.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Who is dealt where, what is left out, and by which rule are the halves judged? Before the model is asked anything."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

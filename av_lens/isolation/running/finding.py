@@ -4,8 +4,6 @@ A member of the chosen set that no single release would have named stands in the
 while the others are edited ("release in the set").
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -20,14 +18,7 @@ from av_lens.isolation.naming.evidence import Searched, SiteEvidence
 from av_lens.isolation.naming.roles import CARRIERS, LEVEL, Evidence, Named, head_means
 from av_lens.isolation.running import preparing
 from av_lens.isolation.running.preparing import Run
-from av_lens.isolation.running.verdicts import (
-    always_on,
-    claimed,
-    counts_above,
-    crossing_half,
-    cut_sentence,
-    power,
-)
+from av_lens.isolation.running.verdicts import always_on, claimed, counts_above, crossing_half, cut_sentence, power
 from av_lens.isolation.sets.confirmation import BY_QUESTION, CONFIRMED, NOT_REPLICATED, ONE_DONOR, Held
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.exchanged import exchanged_key, exchanged_rows

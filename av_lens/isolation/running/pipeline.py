@@ -1,7 +1,5 @@
 """`isolate`: which heads keep this model from saying what it hears? The protocol from deal to verdict, in order."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

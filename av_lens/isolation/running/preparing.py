@@ -3,8 +3,6 @@
 `Run.key` hashes criteria, seeds, model, conflicts (files, windows, words), number of threads and program.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

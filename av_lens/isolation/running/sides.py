@@ -1,7 +1,5 @@
 """Two checkpoints that are compared: their runs, and what is named in either, in each on held-out conflicts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -4,8 +4,6 @@
 *spread*: it takes more heads; *nothing named*: nobody is confirmed and no number of heads does.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 `main` is one: it reads from its standard input what to isolate.
 """
 
-from __future__ import annotations
-
 import pickle
 import subprocess
 import sys

@@ -4,8 +4,6 @@ In the first edition a set is confirmed if it releases more than every random se
 largest single release, edited together, give half of the gap? If the curve is not monotone it is one of several.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

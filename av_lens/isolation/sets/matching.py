@@ -4,8 +4,6 @@ Of layers with more than `MOST_SUBSETS` subsets of a size so many are drawn. Fir
 heads can be drawn, every pool grows by its next nearest heads within one layer.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations

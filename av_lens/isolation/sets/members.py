@@ -5,8 +5,6 @@ is measured in the run in which S without h is edited: its release there is rele
 q and no max-T p, as it was found by a search and not by a test.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,16 +26,7 @@ from av_lens.isolation.measuring.effects import (
 )
 from av_lens.isolation.measuring.engine import MIRROR, Node
 from av_lens.isolation.measuring.halves import Half, columns
-from av_lens.isolation.naming.roles import (
-    CUT_ROLES,
-    HELD,
-    Cuts,
-    Evidence,
-    Named,
-    Tests,
-    run_tests,
-    suppressor_role,
-)
+from av_lens.isolation.naming.roles import CUT_ROLES, HELD, Cuts, Evidence, Named, Tests, run_tests, suppressor_role
 from av_lens.isolation.sets.search import SearchedSets
 from av_lens.isolation.sets.sets import BuiltSet, SetReleases, cumulative
 

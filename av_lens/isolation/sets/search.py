@@ -4,8 +4,6 @@ First edition: above 64 heads all are measured, and the candidates are the 40 of
 attention of the generation position to the video (mean over `va`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations
@@ -20,10 +18,7 @@ from av_lens.isolation.measuring.bench import Chunk, Progress, averaged
 from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import SiteEvidence
-from av_lens.isolation.naming.roles import (
-    ALL_NODES,
-    head_means,
-)
+from av_lens.isolation.naming.roles import ALL_NODES, head_means
 from av_lens.isolation.naming.screen import best_ranked
 from av_lens.isolation.sets.sets import BuiltSet, Members, SetReleases, Tick, head_names
 

@@ -4,8 +4,6 @@ Sets that the search asks for nearly always share all members but one: `SetRelea
 once, and each further head restarts at its own layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial

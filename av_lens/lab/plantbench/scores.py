@@ -3,11 +3,9 @@
 Nodes are heads and MLPs: tables are `[layer, node]`, the layer's MLP last, which -1 indexes.
 
 * *Damage last* is `isolate`'s score with nodes that it says break behind all others.
-* Named by `isolate`: nodes of a releasing role, and members of the chosen set that do not break, at any site searched.
-  A node's kind is its own, or, where that is undetermined, its kind as a member. A feeder is not named.
-* Named by another method whose score is an effect on C: its mean is above delta. Others name nobody (NaN).
-* *Confirmed*: what meets the protocol's sections 5 and 7, whatever the gate or a stamp forbids to say. *Struck*: what
-  would be, were it not for the rule that one donor alone does not confirm.
+* Who is *named* and *confirmed*: `docs/plantbench.md`. Of the chosen set members that do not break are named, at any
+  site searched; a node's kind is its own, or, where that is undetermined, its kind as a member.
+* *Struck*: what would be confirmed, were it not for the rule that one donor alone does not confirm.
 """
 
 import math

@@ -1,14 +1,6 @@
 """Models composed so that gap/G is what is asked for: mixtures of plants, and a gap that no node makes.
 
-A *mixture* takes the planted weights of several models of one base. What each part writes (W_O of its heads, the output
-of its neurons) is multiplied by a share of its own, drawn by seed, and by one factor.
-
-*Cross-talk* is a null with a gap. A linear change of the picture's features is learned, with which conflict "hear" is
-answered with the picture and all else as before; the factor scales it. It goes into the last layer of the picture's
-projector, and no node changes. (Features scaled as they are leave C/G alone: every layer norms what it reads. Sounds
-shrunk until a gap opens are hardly heard; a picture's class added in the sound's code, however loud, takes a tenth.)
-
-The factor is found by bisection, on other conflicts than those that the truth is measured on.
+What a *mixture* and *cross-talk* are, and what was tried in its place: `docs/organisms.md`.
 """
 
 import copy

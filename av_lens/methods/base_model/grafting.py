@@ -9,11 +9,8 @@ relative change; one that is zero in both, 0. Norms' weights, MLPs and towers ar
     direction="into model"   the audio-visual model is run on its prompt; one place takes the base's values
     direction="into base"    the base is run on its prompt; one place takes the audio-visual model's values
 
-`effects = metric(grafted run) - metric(the run being grafted into)`. What becomes of the sound in the base's prompt:
-
-    audio="out"      the sound's positions taken out: the prompt made anew of picture and question
-    audio="masked"   the model's own prompt, in which nothing reads the sound's positions: distances stay as they are
-    audio="kept"     the model's own prompt, sound and all, for a base that takes sound
+`effects = metric(grafted run) - metric(the run being grafted into)`. What `audio=` makes of the base's prompt stands in
+`docs/toolbox.md`; with "masked" distances stay as they are, and "kept" is for a base that takes sound.
 
 Only *shared* positions are grafted; a place of which nothing is shared is NaN. Where the sound is taken out, the shared
 text's position ids differ: `q` and `k` are comparable, rotated ones, scores and patterns are not and are refused.
