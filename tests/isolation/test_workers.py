@@ -112,7 +112,7 @@ def test_two_processes_share_a_run_and_find_what_one_finds(alone, tmp_path):
         time.sleep(0.01)
     assert "Nobody works on it" not in standing(tmp_path)
     made = [int(one.communicate(timeout=120)[0]) for one in both]
-    assert min(made) > 0.2 * sum(made)
+    assert min(made) > 3
     assert sum(made) == len(list((tmp_path / "measured").glob("*.npz")))
     assert not list((tmp_path / "measured").glob("*.claim"))
     assert_same(Isolation.load(tmp_path), alone)

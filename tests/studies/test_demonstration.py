@@ -20,8 +20,9 @@ def stand_in(monkeypatch):
     """Count the searches instead of doing them."""
     calls: list[str] = []
 
-    def search(model, conflicts, *, seed, progress, quick, named_only=False, grown=None):
+    def search(model, conflicts, *, seed, progress, quick, workers, named_only=False, grown=None):
         calls.append(model)
+        assert workers >= 1
         assert len(conflicts) == (FEW if model == PLANTED else CONFLICTS)
         progress("effects", 1, 1)
         found = planted_isolation(seed)

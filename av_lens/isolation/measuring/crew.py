@@ -84,7 +84,7 @@ class Crew:
             if (age < SILENT) if not owner else (owner != self.name and self.alive(owner)):
                 return False
             with suppress(OSError, FileError):  # another may take it over too: both write the same
-                claim.write_text(self.name, "utf-8")
+                write_whole(claim, self.name)
         except OSError:  # a full disk says so when the measurement is kept
             return True
         self._doing = name
