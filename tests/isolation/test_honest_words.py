@@ -66,10 +66,10 @@ def test_one_donor_alone_is_the_second_release(releases, alone):
 @pytest.mark.parametrize(
     ("releases", "alone"),
     [
-        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 1.4, "audio_only": 0.0, "mean_task": 0.1}, True),
-        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 1.6, "audio_only": 0.0, "mean_task": 0.1}, False),
-        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 0.0, "audio_only": 1.6, "mean_task": math.nan}, False),
-        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 0.0, "mean_task": 1.6}, False),
+        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 0.7, "audio_only": 0.0, "mean_task": 0.1}, True),
+        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 0.8, "audio_only": 0.0, "mean_task": 0.1}, False),
+        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 0.0, "audio_only": 0.8, "mean_task": math.nan}, False),
+        ({"mean_other": 3.0, "zero": 2.0, "blank_muted": 0.0, "mean_task": 0.8}, False),
         ({"zero": 2.0}, False),  # no donor was asked the same: nothing is said
     ],
 )

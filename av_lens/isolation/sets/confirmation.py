@@ -37,7 +37,8 @@ FEWEST_WORDS = 8
 ON_WORDS, UNTESTED = "on these words", "untested over words"
 CONFIRMED, ONE_DONOR, NOT_REPLICATED = "confirmed", "replicated, one donor alone", "not replicated"
 BY_QUESTION = "replicated, by the question alone"
-MOST_OF_LARGEST = 0.5
+SECOND_DONOR, SAME_QUESTION = 0.5, 0.25
+"""Shares of the largest release that another donor, and one that was asked the same question, must reach."""
 STATUSES = (CONFIRMED, ONE_DONOR, BY_QUESTION, ON_WORDS, NOT_REPLICATED)
 
 
@@ -137,14 +138,14 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
 def one_donor_alone(releases: Iterable[float]) -> bool:
     """Say whether a role rests on one donor alone, by a node's mean releases by the primary donors on discovery."""
     largest, second = sorted((one for one in (*releases, -np.inf, -np.inf) if not np.isnan(one)), reverse=True)[:2]
-    return bool(second < MOST_OF_LARGEST * largest)
+    return bool(second < SECOND_DONOR * largest)
 
 
 def by_the_question_alone(releases: Mapping[str, float]) -> bool:
     """Say whether a release comes only where another question is put in, by means on discovery of all known donors."""
     known = {donor: value for donor, value in releases.items() if not np.isnan(value)}
     alike = [known[donor] for donor in ASKED_ALIKE if donor in known]
-    return bool(alike) and max(alike) < MOST_OF_LARGEST * max(known.values())
+    return bool(alike) and max(alike) < SAME_QUESTION * max(known.values())
 
 
 def _weak(searched: Searched, held: Held, row: Named) -> str:
